@@ -1,0 +1,115 @@
+"""Cross-entropy of each target from logits, exact where a prediction is nearly certain.
+
+With D = logsumexp(other logits) - logit(target), nll = softplus(D) and the target's gradient is -sigmoid(D): neither
+is ever the difference of nearly equal numbers (Barron, Gnanapragasam & Tschannen, A Fix for Softmax and Cross-Entropy,
+2026, https://jonbarron.info/softmaxfix/).
+
+Dims: t tokens, r rows of a chunk, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+CHUNK_BYTES = 32 * 2**20  # logits in flight: large enough for efficient matrix products, small beside all logits
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Losses, weights and sums are made in float32, or wider where the logits are wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_chunks(rows: int, chunk_size: int) -> Iterator[slice]:
+    """Slices that cover range(rows), chunk_size at a time."""
+    return (slice(start, min(start + chunk_size, rows)) for start in range(0, rows, chunk_size))
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is being applied."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+
+
+def exp_others_(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place, z (r, v) becomes exp(z - m), m its row's largest other logit, and 0 at the target, (r,).
+
+    Returns D, m and s, the row sum of the new z, each (r, 1): logsumexp(other logits) = m + log(s). A row whose other
+    logits are all -inf, or absent, has s = 0 and D = -inf; else s >= 1.
+    """
+    target = target[:, None]
+    z_target = z.gather(1, target)
+    z.scatter_(1, target, -torch.inf)
+    m = z.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+    z.sub_(m).exp_()
+    s = z.sum(dim=1, keepdim=True)
+    return (m - z_target) + s.log(), m, s
+
+
+def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Return the nll of each target in nats, (t,), 0 where it is not counted; whatever the logits are there.
+
+    Equals ``torch.where(counted, F.cross_entropy(logits, target, reduction='none'), 0)`` in float32 or wider, for
+    logits (t, v), target (t,) in [0, v) and counted (t,) bool. No more than the logits and one tensor of their size are
+    alive at once, forward or backward. Differentiable any number of times, and under torch.func.
+    """
+    if torch.compiler.is_compiling() or functorch_active():
+        return composite_cross_entropy(logits, target, counted)
+    return _CrossEntropy.apply(logits, target, counted)
+
+
+def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """Compute the same from operations that autograd knows, for transforms and compilers."""
+    z = torch.where(counted[:, None], logits, 0).to(loss_dtype(logits.dtype))  # (t, v)
+    is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]
+    margin = z.masked_fill(is_target, -torch.inf).logsumexp(dim=1) - z.gather(1, target[:, None]).squeeze(1)
+    return torch.where(counted, F.softplus(margin), 0)
+
+
+class _CrossEntropy(Function):
+    """Saves the logits and two numbers a row; the backward exponentiates again, straight into the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        t, v = logits.shape
+        dtype = loss_dtype(logits.dtype)
+        logsumexp, margin = (torch.empty(t, 1, dtype=dtype, device=logits.device) for _ in range(2))
+
+        for rows in row_chunks(t, _chunk_size(t, v, dtype)):
+            z = logits[rows].to(dtype, copy=True).masked_fill_(~counted[rows, None], 0)  # (r, v)
+            margin[rows], m, s = exp_others_(z, target[rows])
+            logsumexp[rows] = m + s.log()
+
+        ctx.save_for_backward(logits, target, counted, logsumexp, margin)
+        return torch.where(counted, F.softplus(margin).squeeze(1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, counted, logsumexp, margin = ctx.saved_tensors
+
+        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated again
+            nll = composite_cross_entropy(logits, target, counted)
+            (grad,) = torch.autograd.grad(nll, logits, grad_nll, create_graph=True)
+            return grad, None, None
+
+        (t, v), dtype = logits.shape, loss_dtype(logits.dtype)
+        grad = torch.empty_like(logits)
+        logsumexp = logsumexp.clamp(min=torch.finfo(dtype).min)  # -inf - -inf is NaN
+        slope = torch.where(counted[:, None], margin.sigmoid() * grad_nll[:, None], 0)  # (t, 1)
+
+        for rows in row_chunks(t, _chunk_size(t, v, dtype)):
+            z = grad[rows] if logits.dtype == dtype else torch.empty_like(grad[rows], dtype=dtype)  # (r, v)
+            z.copy_(logits[rows]).masked_fill_(~counted[rows, None], 0)
+            z.sub_(logsumexp[rows]).exp_().mul_(slope[rows])
+            z.scatter_(1, target[rows, None], -slope[rows])
+            if logits.dtype != dtype:
+                grad[rows] = z
+        return grad, None, None
+
+
+def _chunk_size(t: int, v: int, dtype: torch.dtype) -> int:
+    return max(1, min(CHUNK_BYTES // (v * dtype.itemsize), (t + 3) // 4))

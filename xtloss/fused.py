@@ -1,0 +1,186 @@
+"""Head and loss in one pass over chunks of tokens: three matrix products, and logits for one chunk at a time.
+
+Dims: N tokens, d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from xtloss.checks import check_dtype
+from xtloss.chunked import loss_and_grads
+from xtloss.cross_entropy import CHUNK_BYTES, functorch_active, loss_dtype
+
+NO_SECOND_DERIVATIVE = (
+    'linear_cross_entropy makes its gradients in the forward pass, so it has no second derivative and no torch.func '
+    'transform: build the wrapper with fused=False, or compute the logits and F.cross_entropy'
+)
+
+
+def linear_cross_entropy(
+    embed: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted cross-entropy of a linear head, without the (N, vocab) logits.
+
+    Equals, but for memory, time and the precision of nearly certain predictions::
+
+        nll = F.cross_entropy(F.linear(embed, weight, bias), target, reduction='none')
+        return (token_weight * nll).sum(), nll.detach()
+
+    Logits exist for ``chunk_size`` tokens at a time. Their gradients are made in the same pass, with one exponential
+    per logit, and only for those of ``embed``, ``weight`` and ``bias`` that need one. Under autocast the products run
+    in its dtype; sums and exponentials are made in float32 or wider always.
+
+    Args:
+        embed: (N, d), floating point.
+        weight: (vocab, d), floating point.
+        target: (N,), any integer dtype, in [0, vocab).
+        token_weight: (N,), floating point, any sign; a constant: no gradient flows into it.
+        bias: (vocab,), floating point.
+        chunk_size: tokens a chunk; by default as many as keep its logits at 32 MiB, and 64 at least.
+
+    Returns:
+        loss: 0-dim, Σ token_weight · nll, in nats; float32, or float64 where embed is.
+        token_loss: (N,), nll, detached, for every row.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: of the wrong shape or device.
+        RuntimeError: under torch.func, or when it is differentiated twice.
+
+    Source: D = logsumexp(other logits) - logit(target), nll = softplus(D), gradient of the target -sigmoid(D): Barron,
+    Gnanapragasam & Tschannen, A Fix for Softmax and Cross-Entropy, 2026, https://jonbarron.info/softmaxfix/. Gradients
+    in the forward pass: Hsu et al., Liger Kernel, 2024, https://arxiv.org/abs/2410.10989.
+
+    """
+    _check(embed, weight, target, token_weight, bias, chunk_size)
+    refuse_transforms()
+
+    device = embed.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embed.dtype
+    if embed.dtype == torch.float64:  # autocast leaves it alone
+        dtype = embed.dtype
+    if chunk_size is None:
+        chunk_size = max(64, CHUNK_BYTES // (weight.shape[0] * loss_dtype(dtype).itemsize))
+
+    inputs = embed, weight, bias
+    needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    constants = target.long(), token_weight.detach().to(loss_dtype(dtype))
+
+    if torch.compiler.is_compiling():
+        loss, token_loss, *_ = compiled_loss_and_grads(*inputs, *constants, chunk_size, dtype, needs_grad)
+        return loss, token_loss.detach()
+    loss, token_loss = _LinearCrossEntropy.apply(*inputs, *constants, chunk_size, dtype, needs_grad)
+    return loss, token_loss
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError under torch.func, whose transforms would see constants where there are gradients."""
+    if functorch_active():
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+class _LinearCrossEntropy(Function):
+    """Hands the gradients of the forward pass over to the first backward, and makes them anew for a later one."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        loss, token_loss, *grads = loss_and_grads(*args)
+        tensors, ctx.options = args[:5], args[5:]
+        ctx.save_for_backward(*tensors)
+        ctx.grads = grads
+        ctx.mark_non_differentiable(token_loss)
+        return loss, token_loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+        # scaled in place and let go, so that autograd need not copy the largest of them, (v, d)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # an earlier backward had them, with retain_graph
+            grads = loss_and_grads(*ctx.saved_tensors, *ctx.options)[2:]
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), *[None] * 5
+
+
+@torch.library.custom_op(
+    'xtloss::linear_cross_entropy',
+    mutates_args=(),
+    schema='(Tensor embed, Tensor weight, Tensor? bias, Tensor target, Tensor token_weight, SymInt chunk_size, '
+    'ScalarType dtype, bool[] needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
+def compiled_loss_and_grads(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """`loss_and_grads` as one node of a compiled graph, not a loop unrolled; empty where no gradient is needed."""
+    loss, token_loss, *grads = loss_and_grads(*args, **kwargs)
+    return loss, token_loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@compiled_loss_and_grads.register_fake
+def _(embed, weight, bias, target, token_weight, chunk_size, dtype, needs_grad):  # type: ignore[no-untyped-def]
+    wide = loss_dtype(dtype)
+    grads = (
+        torch.empty(t.shape if needed else (0,), dtype=wide, device=embed.device)
+        for t, needed in zip((embed, weight, bias), needs_grad, strict=True)
+    )
+    return embed.new_empty((), dtype=wide), embed.new_empty(embed.shape[0], dtype=wide), *grads
+
+
+def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.needs_grad = inputs[-1]
+
+
+def _scale_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
+    return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 5
+
+
+compiled_loss_and_grads.register_autograd(_scale_grads, setup_context=_save_grads)
+
+
+def _check(
+    embed: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_weight: Tensor,
+    bias: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    for name, t in (('embed', embed), ('weight', weight), ('token_weight', token_weight)):
+        check_dtype(name, t, 'floating point')
+    check_dtype('target', target, 'integer')
+    if bias is not None:
+        check_dtype('bias', bias, 'floating point')
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
+        raise TypeError(f'chunk_size must be int, got {type(chunk_size).__name__}')
+
+    if embed.ndim != 2:
+        raise ValueError(f'embed must have shape (N, d), got {tuple(embed.shape)}')
+    if weight.ndim != 2 or weight.shape[1] != embed.shape[1]:
+        raise ValueError(
+            f'weight must have shape (vocab, {embed.shape[1]}) as embed is wide, got {tuple(weight.shape)}'
+        )
+    for name, vector, like in (
+        ('target', target, embed),
+        ('token_weight', token_weight, embed),
+        ('bias', bias, weight),
+    ):
+        if vector is not None and tuple(vector.shape) != (like.shape[0],):
+            of = 'embed' if like is embed else 'weight'
+            raise ValueError(f'{name} must have shape ({like.shape[0]},) like {of}, got {tuple(vector.shape)}')
+    for name, other in {'weight': weight, 'target': target, 'token_weight': token_weight, 'bias': bias}.items():
+        if other is not None and other.device != embed.device:
+            raise ValueError(f'{name} must be on {embed.device} like embed, got {other.device}')
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f'chunk_size must be >= 1, got {chunk_size}')

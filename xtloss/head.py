@@ -1,0 +1,113 @@
+"""When the network's head is a plain linear map, the network is asked for embeddings, and head and loss become one.
+
+Dims: d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from x_transformers.x_transformers import TokenEmbedding, TransformerWrapper
+
+# what may be handed to the network's forward: none of it changes what the head reads, does, or is read for
+PLAIN_ARGUMENTS = frozenset(
+    'mask prepend_embeds prepend_mask pos embed_ids sum_embeds transform_token_embeds transform_block_inputs '
+    'mems mem_masks recycle_steps attn_z_loss_weight seq_start_pos token_emb_kwargs '
+    'context context_mask attn_mask self_attn_kv_mask rotary_pos_emb polar_pos_emb context_pos attn_bias '
+    'self_attn_additional_kv additional_kv_mask detach_additional_kv route_additional_kv_to_top condition in_attn_cond '
+    'layers_execute_order repeat_blocks self_attn_kv_residuals cross_attn_kv_residuals flash_pack_seq_kwargs '
+    'flash_pack_seq_context_kwargs causal'.split()
+)
+
+
+class LinearHead(NamedTuple):
+    """logits = scale · embed @ weightᵀ + bias."""
+
+    weight: Tensor  # (v, d)
+    bias: Tensor | None  # (v,)
+    scale: float
+
+    def scaled(self, embed: Tensor) -> Tensor:
+        """Scale · embed: it is narrower than logits."""
+        return embed if self.scale == 1 else embed * self.scale
+
+
+def linear_head(net: Any) -> LinearHead:
+    """Return the head of a network for which `why_not_linear` has no objection."""
+    if isinstance(net.to_logits, nn.Linear):
+        return LinearHead(net.to_logits.weight, net.to_logits.bias, 1.0)
+    return LinearHead(net.token_emb.emb.weight, None, getattr(net, 'tie_embedding_scale', 1.0))
+
+
+def why_not_linear(net: Any, arguments: list[str]) -> str | None:
+    """Return why head and loss cannot be one, given the names of what goes to the network's forward; None if they can.
+
+    A whitelist: exactly x-transformers' TransformerWrapper, with exactly an nn.Linear or its own tied embedding for a
+    head, as they are (no hooks, parametrizations, subclasses, replaced forwards, tensor subclasses), and no option that
+    does something between the embeddings and the logits, or to the logits.
+    """
+    for name in arguments:
+        if name not in PLAIN_ARGUMENTS:
+            return f'{name} is given to the network'
+    return _why_not_plain_network(net)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_plain_network(net: Any) -> str | None:
+    if type(net) is not TransformerWrapper:
+        return f'the network is a {type(net).__name__}, not a TransformerWrapper'
+    if _is_touched(net):
+        return 'the network has hooks or another forward'
+
+    options = {
+        'looped': net.looped,
+        'mixture_of_softmax': net.to_mixture is not None,
+        'sigsoftmax_logits': net.sigsoftmax_logits,
+        'num_output_heads': net.has_multiple_heads,
+        'return_only_embed': net.to_logits is None,
+        'use_cls_token': net.cls_token is not None,
+        'average_pool_embed': net.average_pool_embed,
+        'attn_pool': net.attn_pool is not None,
+        'squeeze_out_last_dim': net.squeeze_out_last_dim,
+    }
+    for name, is_on in options.items():
+        if is_on:
+            return f'the network was built with {name}'
+
+    head = net.to_logits
+    if type(head) is nn.Linear:
+        if _is_touched(head):
+            return 'the head has hooks or another forward'
+        weights = [head.weight] if head.bias is None else [head.weight, head.bias]
+    elif _is_tied(head, net):
+        if type(net.token_emb) is not TokenEmbedding or type(net.token_emb.emb) is not nn.Embedding:
+            return 'the tied embedding is not a plain nn.Embedding'
+        weights = [net.token_emb.emb.weight]
+    else:
+        return f'the head is a {type(head).__name__}, neither nn.Linear nor the embedding tied to this very network'
+
+    for weight in weights:
+        if type(weight) not in (nn.Parameter, Tensor):
+            return f"the head's weight is a {type(weight).__name__}"
+    return None
+
+
+def _is_touched(module: nn.Module) -> bool:
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return 'forward' in vars(module) or any(getattr(module, hook) for hook in hooks)
+
+
+def _is_tied(head: Any, net: nn.Module) -> bool:
+    """Whether the head is the lambda of TransformerWrapper.__init__ that reads this network's embedding.
+
+    After copy.deepcopy it still reads the original's.
+    """
+    return (
+        type(head) is FunctionType
+        and head.__module__ == TransformerWrapper.__module__
+        and head.__qualname__ == f'{TransformerWrapper.__init__.__qualname__}.<locals>.<lambda>'
+        and all(cell.cell_contents is net for cell in head.__closure__ or ())
+    )

@@ -1,0 +1,79 @@
+"""What the network reads: ids that are legal everywhere, and masks that it does not drop.
+
+Dims: b batch, n positions, p prepended embeddings.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def legal_ids(
+    x: Tensor,  # (b, n)
+    *,
+    ignore_index: int,
+    pad_value: int,
+    lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """x with `pad_value` for ignored tokens and padding, whose ids may be anything."""
+    is_padding = x == ignore_index
+    if lens is not None:
+        is_padding = is_padding | (torch.arange(x.shape[1], device=x.device) >= lens[:, None])
+    if mask is not None:
+        is_padding = is_padding | ~mask
+    if segment_ids is not None:
+        is_padding = is_padding | (segment_ids == 0)
+    return x.masked_fill(is_padding, pad_value)
+
+
+def random_key_mask(x: Tensor, mask_prob: float) -> Tensor:
+    """(b, n) bool, False at a random `mask_prob` of the keys of each row, never at the first.
+
+    Liu et al., FCM: Forgetful Causal Masking, 2022, https://arxiv.org/abs/2210.13432. Draws the random numbers upstream
+    draws.
+    """
+    n = x.shape[1]
+    noise = torch.randn(x.shape, device=x.device)
+    noise[:, 0] = -torch.finfo(noise.dtype).max
+    hidden = noise.topk(min(int(n * mask_prob), n - 1), dim=-1).indices
+    return torch.ones_like(x, dtype=torch.bool).scatter(1, hidden, False)
+
+
+def mask_arguments(
+    net: nn.Module,
+    *,
+    mask: Tensor | None,  # (b, n)
+    random_mask: Tensor | None,  # (b, n)
+    n: int,
+    prepended: int,
+    arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of the network's forward, with masks under which no padding is attended to.
+
+    `mask` reaches the network as `mask`. It drops that one when it is given `self_attn_kv_mask` or `seq_start_pos`, so
+    there `mask` is joined into `self_attn_kv_mask`, which covers memory tokens and prepended embeddings too.
+    """
+    arguments = dict(arguments)
+    key_mask, drops_mask = arguments.get('self_attn_kv_mask'), False
+    if mask is not None:
+        arguments['mask'] = mask
+        drops_mask = random_mask is not None or key_mask is not None or arguments.get('seq_start_pos') is not None
+        if arguments.get('prepend_mask') is not None:
+            mask = torch.cat((arguments['prepend_mask'], mask), dim=1)
+
+    if random_mask is None and not drops_mask:
+        return arguments
+
+    interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
+    keys = n + prepended + (0 if interspersed else getattr(net, 'num_memory_tokens', 0))
+    masks = [m for m in (random_mask, key_mask, mask) if m is not None]
+    arguments['self_attn_kv_mask'] = reduce(and_, (F.pad(m, (keys - m.shape[1], 0), value=True) for m in masks))
+    return arguments

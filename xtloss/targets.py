@@ -1,0 +1,88 @@
+"""Which targets count, and how many each sequence has. The one place where inputs and targets are aligned.
+
+Dims: b batch, n positions, s sequences a row can hold (1, or n with segment ids).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """The counted targets of a batch, and L, the number of them in each sequence."""
+
+    counted: Tensor  # (b, n-1) bool
+    length: Tensor  # (b, n-1) int64, L of the sequence that the target lies in
+    lengths: Tensor  # (b, s) int64, L of every sequence, 0 where there is none
+
+
+def next_tokens(t: Tensor) -> Tensor:
+    """(b, n, ...) aligned with the inputs -> (b, n-1, ...) aligned with the targets: target i is token i + 1."""
+    return t[:, 1:]
+
+
+def at_predictors(t: Tensor, positions: int) -> Tensor:
+    """(b, n-1) aligned with the targets -> (b, positions): each at the network's output that predicts it, else 0.
+
+    The network's outputs may begin with prepended embeddings; the last predicts no target.
+    """
+    return F.pad(t, (positions - t.shape[1] - 1, 1))
+
+
+def predictors(outputs: Tensor, targets: int) -> Tensor:
+    """(b, positions, ...), the network's outputs -> (b, n-1, ...), those that predict the n-1 targets."""
+    return outputs[:, -1 - targets : -1]
+
+
+def count_targets(
+    x: Tensor,  # (b, n) or (b, n, d)
+    *,
+    ignore_index: int | None = None,
+    lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    seq_start_pos: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    prepended: int = 0,
+) -> Targets:
+    """Count the targets of x by every rule that is given; a target counts when all hold.
+
+    Target (b, i), i = 1 … n-1, counts when
+
+    - ``x[b, i] != ignore_index``
+    - ``i < lens[b]``
+    - ``mask[b, i] and mask[b, i-1]``
+    - ``loss_mask[b, i]``
+    - ``prepended + i > seq_start_pos[b]``, as the network counts positions from the first prepended embedding on
+    - ``segment_ids[b, i] == segment_ids[b, i-1] != 0``
+
+    A sequence is a row, or with ``segment_ids`` one contiguous run of equal non-zero ids inside a row.
+    """
+    b, n = x.shape[:2]
+    i = torch.arange(1, n, device=x.device)  # (n-1,)
+
+    counted = torch.ones(b, n - 1, dtype=torch.bool, device=x.device)
+    if ignore_index is not None:
+        counted = counted & (next_tokens(x) != ignore_index)
+    if lens is not None:
+        counted = counted & (i < lens[:, None])
+    if mask is not None:
+        counted = counted & next_tokens(mask) & mask[:, :-1]
+    if loss_mask is not None:
+        counted = counted & next_tokens(loss_mask)
+    if seq_start_pos is not None:
+        counted = counted & (i + prepended > seq_start_pos[:, None])
+
+    if segment_ids is None:
+        lengths = counted.sum(dim=-1, keepdim=True)  # (b, 1)
+        return Targets(counted, lengths.expand(b, n - 1), lengths)
+
+    same = next_tokens(segment_ids) == segment_ids[:, :-1]
+    counted = counted & same & (next_tokens(segment_ids) != 0)
+    run = (~same).cumsum(dim=-1)  # (b, n-1), the how-manieth run of its row
+    lengths = run.new_zeros(b, n).scatter_add(1, run, counted.long())
+    return Targets(counted, lengths.gather(1, run), lengths)

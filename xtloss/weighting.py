@@ -1,0 +1,123 @@
+"""A weighting is a choice of the weights w and the normalizer Z in loss = Σ w · ℓ / Z, and of nothing else.
+
+Dims: b batch, n positions, s sequences a row can hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xtloss.targets import Targets, next_tokens
+
+
+class Weighting(NamedTuple):
+    """Weights w = L^-p on the L counted targets of a sequence; Z = Σ L^q over the sequences with L > 0."""
+
+    p: float
+    q: float | None  # None: Z is every position of the loss tensor
+
+
+WEIGHTINGS = {
+    'token': Weighting(p=0.0, q=1.0),
+    'sequence': Weighting(p=1.0, q=0.0),
+    'square': Weighting(p=0.5, q=0.5),
+    'padded': Weighting(p=0.0, q=None),
+    'sequence_sum': Weighting(p=0.0, q=0.0),
+}
+
+
+class LossBreakdown(NamedTuple):
+    """What a loss is made of, detached: ``(token_loss * weight).sum() / normalizer + auxiliary`` is the loss.
+
+    Nats; float32, or wider where the logits are wider. Where the normalizer is 0 the first term is 0.
+    """
+
+    token_loss: Tensor
+    """(b, n-1), ℓ: what each target costs, 0 where it is not counted."""
+    weight: Tensor
+    """(b, n-1), w: loss_weight · counted · L^-p."""
+    normalizer: Tensor
+    """0-dim, Z."""
+    auxiliary: Tensor
+    """0-dim, what is added: exit loss, next-embedding loss, attention z-loss, times their coefficients."""
+
+
+def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any = False) -> Weighting:
+    """Return the weighting that a name, a power p in [0, 1] (w = L^-p, Z = Σ w), or the flag stands for.
+
+    Raises:
+        TypeError: not a string or a number, or the flag is no bool.
+        ValueError: unknown name, p outside [0, 1], or the flag beside another weighting.
+
+    """
+    if not isinstance(equal_loss_weight_batch, bool):
+        raise TypeError(f'equal_loss_weight_batch must be bool, got {type(equal_loss_weight_batch).__name__}')
+
+    if loss_weighting is None:
+        return WEIGHTINGS['sequence' if equal_loss_weight_batch else 'token']
+
+    if isinstance(loss_weighting, str):
+        if loss_weighting not in WEIGHTINGS:
+            names = ', '.join(WEIGHTINGS)
+            raise ValueError(f'loss_weighting must be one of {names}, or a float in [0, 1], got {loss_weighting!r}')
+        weighting = WEIGHTINGS[loss_weighting]
+    elif isinstance(loss_weighting, int | float) and not isinstance(loss_weighting, bool):
+        if not 0 <= loss_weighting <= 1:
+            raise ValueError(f'loss_weighting must be in [0, 1] where it is a number, got {loss_weighting}')
+        weighting = Weighting(p=float(loss_weighting), q=1.0 - loss_weighting)
+    else:
+        raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
+
+    if equal_loss_weight_batch and weighting != WEIGHTINGS['sequence']:
+        raise ValueError(
+            "equal_loss_weight_batch=True stands for loss_weighting='sequence', "
+            f'got loss_weighting={loss_weighting!r} beside it'
+        )
+    return weighting
+
+
+class Weights(NamedTuple):
+    """Weights and normalizer of one batch: constants, no gradient flows into them."""
+
+    by_length: Tensor  # (b, n-1), counted · L^-p: what auxiliary losses are weighted by
+    weight: Tensor  # (b, n-1), w = loss_weight · counted · L^-p
+    normalizer: Tensor  # (), Z
+
+
+def batch_weights(
+    targets: Targets,
+    weighting: Weighting,
+    dtype: torch.dtype,
+    loss_weight: Tensor | None = None,  # (b,) or (b, n)
+    normalizer: Tensor | float | None = None,
+) -> Weights:
+    """Make the weights of a batch. What loss_weight says of targets that do not count, be it NaN, is not read."""
+    by_length = torch.where(targets.counted, targets.length.clamp(min=1).to(dtype) ** -weighting.p, 0)
+
+    weight = by_length
+    if loss_weight is not None:
+        loss_weight = loss_weight.detach().to(dtype)
+        loss_weight = loss_weight[:, None] if loss_weight.ndim == 1 else next_tokens(loss_weight)
+        weight = torch.where(targets.counted, loss_weight * by_length, 0)
+
+    if normalizer is None:
+        normalizer = batch_normalizer(targets, weighting, dtype)
+    return Weights(by_length, weight, torch.as_tensor(normalizer, dtype=dtype, device=weight.device).detach())
+
+
+def batch_normalizer(targets: Targets, weighting: Weighting, dtype: torch.dtype) -> Tensor:
+    """Z of this batch, 0-dim: Σ L^q over the sequences with L > 0, which is Σ counted · L^-p where q = 1 - p."""
+    lengths = targets.lengths
+    if weighting.q is None:
+        return torch.full((), targets.counted.numel(), dtype=dtype, device=lengths.device)
+    if weighting.q in (0.0, 1.0):  # counts: summed as integers, exact at any size
+        return (lengths if weighting.q else lengths > 0).sum().to(dtype)
+    return torch.where(lengths > 0, lengths.to(dtype) ** weighting.q, 0).sum()
+
+
+def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
+    """total / Z, and 0, still attached to the graph, where Z is 0."""
+    return total * torch.where(normalizer > 0, normalizer.reciprocal(), 0)
