@@ -18,6 +18,7 @@ from xtloss.head import linear_head, why_not_linear
 from xtloss.inputs import legal_ids, mask_arguments, random_key_mask
 from xtloss.looped import looped_losses
 from xtloss.options import WeightingOptions
+from xtloss.segments import segment_arguments
 from xtloss.targets import Targets, count_targets, next_tokens, predictors
 from xtloss.token_losses import loss_from_embeds, next_embed_loss, token_losses
 from xtloss.weighting import LossBreakdown, batch_normalizer, batch_weights, normalize
@@ -237,8 +238,6 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         )
         if segment_ids is None:
             return arguments
-        from xtloss.segments import segment_arguments
-
         return segment_arguments(self.net, segment_ids, arguments, prepend_embeds=prepend_embeds)
 
     def _fuses(self, return_outputs: bool, arguments: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ Dims: b batch, n positions, d features. No check reads a tensor's values, which 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,8 +27,17 @@ ARGUMENTS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 
 
-def check_batch(x: Tensor, *, kind: str = 'integer', normalizer: Any = None, **arguments: Any) -> None:
+def check_batch(
+    x: Tensor,
+    *,
+    kind: str = 'integer',
+    normalizer: Any = None,
+    notes: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> None:
     """Check x, (b, n) of token ids or (b, n, d) of features, the arguments named in `ARGUMENTS`, and `normalizer`.
+
+    `notes` end the message about the shape of an argument.
 
     Raises:
         TypeError: an argument of the wrong type or dtype; these are looked for first.
@@ -48,10 +58,20 @@ def check_batch(x: Tensor, *, kind: str = 'integer', normalizer: Any = None, **a
     for name, value in given.items():
         shapes = [tuple(x.shape[:ndim]) for ndim in ARGUMENTS[name][1]]
         if tuple(value.shape) not in shapes:
-            raise ValueError(f'{name} must have shape {" or ".join(map(str, shapes))} like x, got {tuple(value.shape)}')
+            note = (notes or {}).get(name, '')
+            raise ValueError(
+                f'{name} must have shape {" or ".join(map(str, shapes))} like x, got {tuple(value.shape)}{note}'
+            )
         if value.device != x.device:
             raise ValueError(f'{name} must be on {x.device} like x, got {value.device}')
     check_normalizer_range(normalizer, x.device)
+
+
+def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raise ValueError, with the reason, for an argument that is given and may not be."""
+    for name, reason in reasons.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f'{name} cannot be given here: {reason}')
 
 
 def check_dtype(name: str, value: Any, kind: str) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-CHUNK_BYTES = 32 * 2**20  # logits in flight: large enough for efficient matrix products, small beside all logits
+CHUNK_BYTES = 64 * 2**20  # of logits in flight: enough for efficient matrix products, little beside all logits
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

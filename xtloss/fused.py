@@ -47,7 +47,7 @@ def linear_cross_entropy(
         target: (N,), any integer dtype, in [0, vocab).
         token_weight: (N,), floating point, any sign; a constant: no gradient flows into it.
         bias: (vocab,), floating point.
-        chunk_size: tokens a chunk; by default as many as keep its logits at 32 MiB, and 64 at least.
+        chunk_size: tokens a chunk; by default as many as keep its logits within 64 MiB, and 128 at least.
 
     Returns:
         loss: 0-dim, Σ token_weight · nll, in nats; float32, or float64 where embed is.
@@ -71,7 +71,7 @@ def linear_cross_entropy(
     if embed.dtype == torch.float64:  # autocast leaves it alone
         dtype = embed.dtype
     if chunk_size is None:
-        chunk_size = max(64, CHUNK_BYTES // (weight.shape[0] * loss_dtype(dtype).itemsize))
+        chunk_size = default_chunk_size(embed.shape[0], weight.shape[0], loss_dtype(dtype))
 
     inputs = embed, weight, bias
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
@@ -82,6 +82,13 @@ def linear_cross_entropy(
         return loss, token_loss.detach()
     loss, token_loss = _LinearCrossEntropy.apply(*inputs, *constants, chunk_size, dtype, needs_grad)
     return loss, token_loss
+
+
+def default_chunk_size(n: int, v: int, dtype: torch.dtype) -> int:
+    """Tokens a chunk: as many as keep its logits within `CHUNK_BYTES`, 128 at least, and all chunks of one size."""
+    most = max(128, CHUNK_BYTES // (v * dtype.itemsize))
+    chunks = max(1, -(-n // most))
+    return max(1, -(-n // chunks))
 
 
 def refuse_transforms() -> None:

@@ -24,14 +24,30 @@ def legal_ids(
     segment_ids: Tensor | None = None,
 ) -> Tensor:
     """x with `pad_value` for ignored tokens and padding, whose ids may be anything."""
-    is_padding = x == ignore_index
+    is_ignored = x == ignore_index
+    return x.masked_fill(is_ignored | ~real_positions(x, lens=lens, mask=mask, segment_ids=segment_ids), pad_value)
+
+
+def real_positions(
+    x: Tensor,  # (b, n) or (b, n, d)
+    *,
+    lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    seq_start_pos: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """(b, n) bool, False where x is padding."""
+    i = torch.arange(x.shape[1], device=x.device)  # (n,)
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if lens is not None:
-        is_padding = is_padding | (torch.arange(x.shape[1], device=x.device) >= lens[:, None])
+        real = real & (i < lens[:, None])
     if mask is not None:
-        is_padding = is_padding | ~mask
+        real = real & mask
+    if seq_start_pos is not None:
+        real = real & (i >= seq_start_pos[:, None])
     if segment_ids is not None:
-        is_padding = is_padding | (segment_ids == 0)
-    return x.masked_fill(is_padding, pad_value)
+        real = real & (segment_ids != 0)
+    return real
 
 
 def random_key_mask(x: Tensor, mask_prob: float) -> Tensor:
@@ -73,7 +89,8 @@ def mask_arguments(
         return arguments
 
     interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
-    keys = n + prepended + (0 if interspersed else getattr(net, 'num_memory_tokens', 0))
+    memory_tokens = getattr(net, 'memory_tokens', None)
+    keys = n + prepended + (0 if interspersed or memory_tokens is None else len(memory_tokens))
     masks = [m for m in (random_mask, key_mask, mask) if m is not None]
     arguments['self_attn_kv_mask'] = reduce(and_, (F.pad(m, (keys - m.shape[1], 0), value=True) for m in masks))
     return arguments

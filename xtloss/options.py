@@ -20,6 +20,10 @@ class WeightingOptions(nn.Module):
         """The weighting that the options stand for; TypeError or ValueError where they stand for none."""
         return resolve_weighting(self.loss_weighting, self.equal_loss_weight_batch)
 
+    def check_loss_options(self) -> None:
+        """Raise TypeError or ValueError unless the options are legal."""
+        _ = self.weighting
+
     @property
     def loss_dtype(self) -> torch.dtype:
         """float32, or wider where the parameters are."""

@@ -1,6 +1,6 @@
 """What each target costs, from what the network returned.
 
-Dims: b batch, n positions, p prepended embeddings, d width, v vocabulary.
+Dims: b batch, n positions, p prepended embeddings, t tokens, d width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -31,12 +31,22 @@ def token_losses(
     targets = at_predictors(torch.where(counted, ids, 0), positions).flatten()
     at_counted = at_predictors(counted, positions).flatten()
 
-    if is_log_prob:
-        log_prob = logits.flatten(0, 1).gather(1, targets[:, None]).squeeze(1)
-        nll = torch.where(at_counted, -log_prob.to(loss_dtype(logits.dtype)), 0)
-    else:
-        nll = cross_entropy(logits.flatten(0, 1), targets, at_counted)
+    nll = flat_losses(logits.flatten(0, 1), targets, at_counted, is_log_prob=is_log_prob)
     return predictors(nll.view(b, positions), ids.shape[1])
+
+
+def flat_losses(
+    logits: Tensor,  # (t, v)
+    targets: Tensor,  # (t,), in [0, v)
+    counted: Tensor,  # (t,)
+    *,
+    is_log_prob: bool = False,
+) -> Tensor:
+    """Nll of each target in nats, (t,), 0 where it is not counted; float32, or wider where the logits are wider."""
+    if not is_log_prob:
+        return cross_entropy(logits, targets, counted)
+    log_prob = logits.gather(1, targets[:, None]).squeeze(1)
+    return torch.where(counted, -log_prob.to(loss_dtype(logits.dtype)), 0)
 
 
 def loss_from_embeds(
@@ -64,7 +74,7 @@ def loss_from_embeds(
         nll = torch.where(at_counted, nll, 0)
     else:
         index = at_counted.nonzero().squeeze(1)
-        rows = embeds[index]
+        rows = embeds.index_select(0, index)  # its backward needs no sort
         total, row_nll = linear_cross_entropy(
             head.scaled(rows), head.weight, targets[index], weight[index], bias=head.bias
         )
