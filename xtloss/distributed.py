@@ -42,7 +42,7 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
 
     Args:
         total: 0-dim tensor, integer or floating point; or a number, finite and >= 0.
-        group: the ranks whose gradients are averaged; None: all.
+        group: the ranks whose gradients are averaged, None for all; beside tensor parallelism, the data-parallel group.
 
     Returns:
         0-dim tensor, detached. Of a tensor: on its device, in its dtype, but float32 at least. Of a number: float64, on

@@ -27,10 +27,100 @@ from x_transformers.x_transformers import (
 
 from xtloss.checks import check_dtype
 
-# Options of x-transformers under which no sequence moves another: tests/test_segments.py proves each of these networks.
+# arguments of the network's forward that move no sequence: tests/test_segments.py proves each
+APART_ARGUMENTS = frozenset(
+    'mask self_attn_kv_mask attn_mask context context_mask condition in_attn_cond embed_ids sum_embeds recycle_steps '
+    'looped_steps max_looped_steps layers_execute_order repeat_blocks attn_z_loss_weight'.split()
+)
+
+
+def segment_arguments(
+    net: nn.Module,
+    segment_ids: Tensor,  # (b, n) integer
+    arguments: dict[str, Any],
+    *,
+    prepend_embeds: Tensor | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of the network's forward with which it computes each run of equal ids as if it were alone.
+
+    `attn_mask` is joined with the causal mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each
+    run, but only where the embedding is absolute: relative encodings need none. A network built with
+    `attn_flash_pack_seq` is handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other.
+
+    Raises:
+        TypeError: `attn_mask` is not bool.
+        ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
+
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if 'attn_mask' in given:
+        check_dtype('attn_mask', given['attn_mask'], 'bool')
+    if prepend_embeds is not None:
+        given['prepend_embeds'] = prepend_embeds
+
+    net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
+    reason, varlen = verdict(net)
+    reason = reason or why_not_arguments(list(given), len(segment_ids), varlen)
+    if reason is not None:
+        raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
+
+    run = run_numbers(segment_ids)  # (b, n)
+    if isinstance(net.pos_emb, AbsolutePositionalEmbedding):
+        arguments = arguments | {'pos': positions_in_run(run)}
+    if varlen:
+        return arguments | {'flash_pack_seq_kwargs': varlen_arguments(run)}
+
+    # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and lets
+    # those that it overlooks attend to everything
+    attn_mask = (run[:, :, None] == run[:, None, :]).tril()[:, None]  # (b, 1, n, n)
+    if 'attn_mask' in given:
+        attn_mask = attn_mask & given['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
+    return arguments | {'attn_mask': attn_mask}
+
+
+def run_numbers(segment_ids: Tensor) -> Tensor:
+    """(b, n) integer -> (b, n) int64: which run of equal ids of its row each position lies in, from 0."""
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return F.pad(starts.cumsum(dim=-1), (1, 0))
+
+
+def positions_in_run(run: Tensor) -> Tensor:
+    """(b, n) run numbers -> (b, n) int64: how far each position is from the start of its run."""
+    position = torch.arange(run.shape[1], device=run.device).expand_as(run)
+    starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
+    return position - torch.where(starts, position, 0).cummax(dim=-1).values
+
+
+def varlen_arguments(run: Tensor) -> dict[str, Any]:
+    """(1, n) run numbers -> the arguments of flash-attn's `flash_attn_varlen_func` for self-attention inside the runs.
+
+    cu_seqlens, (s + 1,) int32, holds where each of the s runs starts, and n. Its size depends on the data: a host sync.
+    Under torch.compile there is none, and it has n + 1 entries, the rest of them n: empty runs, each of which costs the
+    backward of flash-attn 128 rows of a buffer.
+    """
+    n = run.shape[1]
+    starts = F.pad(run[0].diff() > 0, (1, 0), value=True)  # (n,)
+    position = torch.arange(n, device=run.device)
+    cu_seqlens = F.pad(torch.where(starts, position, n).sort().values, (0, 1), value=n).int()
+    if not torch.compiler.is_compiling():
+        cu_seqlens = cu_seqlens[: int(starts.sum()) + 1]
+    return {'cu_seqlens_q': cu_seqlens, 'cu_seqlens_k': cu_seqlens, 'max_seqlen_q': n, 'max_seqlen_k': n}
+
+
+def why_not_arguments(names: list[str], rows: int, varlen: bool) -> str | None:
+    """Return which argument of the network's forward is not known to keep sequences apart; None if all are."""
+    for name in names:
+        if name not in APART_ARGUMENTS and not name.startswith('return_'):
+            return name
+        if varlen and ('mask' in name or name == 'context'):
+            return f'{name} beside attn_flash_pack_seq'
+    return f'attn_flash_pack_seq on {rows} rows instead of one' if varlen and rows != 1 else None
+
+
+# options of x-transformers under which no sequence moves another: tests/test_segments.py proves each of these networks
 # fmt: off
 APART: tuple[dict[str, Any], ...] = (
-    {},
+    {}, {'attn_flash': True, 'attn_flash_pack_seq': True, 'rotary_pos_emb': True},
     *({option: True} for option in """
         rotary_pos_emb attn_flash use_rmsnorm ff_glu attn_qk_norm tie_embedding rotary_xpos alibi_pos_bias rel_pos_bias
         polar_pos_emb attn_data_dependent_alibi attn_use_rel_proj_pos_bias attn_use_cope use_simple_rmsnorm
@@ -85,98 +175,9 @@ APART: tuple[dict[str, Any], ...] = (
     {'emb_dropout': 0.2}, {'attn_dropout': 0.2, 'ff_dropout': 0.2},
     {'attn_sublayer_dropout': 0.2, 'ff_sublayer_dropout': 0.2},
     {'emb_dim': 8}, {'emb_frac_gradient': 0.1}, {'embed_num_tokens': {'kind': 3}},
-    {'max_mem_len': 4, 'shift_mem_down': 1},
-    {'looped': True, 'pre_and_post_norm': True},
-    {'attn_flash': True, 'attn_flash_pack_seq': True, 'rotary_pos_emb': True},
+    {'max_mem_len': 4, 'shift_mem_down': 1}, {'looped': True, 'pre_and_post_norm': True},
 )
 # fmt: on
-
-# arguments of the network's forward, likewise
-APART_ARGUMENTS = frozenset(
-    'mask self_attn_kv_mask attn_mask context context_mask condition in_attn_cond embed_ids sum_embeds recycle_steps '
-    'looped_steps max_looped_steps layers_execute_order repeat_blocks attn_z_loss_weight'.split()
-)
-
-
-def segment_arguments(
-    net: nn.Module,
-    segment_ids: Tensor,  # (b, n) integer
-    arguments: dict[str, Any],
-    *,
-    prepend_embeds: Tensor | None = None,
-) -> dict[str, Any]:
-    """Return the arguments of the network's forward with which it computes each run of equal ids as if it were alone.
-
-    `attn_mask` is joined with the mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each run, but
-    only where the embedding is absolute: relative encodings need none. A network built with `attn_flash_pack_seq` is
-    handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other: each position attends to something.
-
-    Raises:
-        TypeError: `attn_mask` is not bool.
-        ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
-
-    """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if 'attn_mask' in given:
-        check_dtype('attn_mask', given['attn_mask'], 'bool')
-    if prepend_embeds is not None:
-        given['prepend_embeds'] = prepend_embeds
-
-    net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
-    reason, varlen = verdict(net)
-    reason = reason or why_not_arguments(list(given), len(segment_ids), varlen)
-    if reason is not None:
-        raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
-
-    run = run_numbers(segment_ids)  # (b, n)
-    if isinstance(net.pos_emb, AbsolutePositionalEmbedding):
-        arguments = arguments | {'pos': positions_in_run(run)}
-    if varlen:
-        return arguments | {'flash_pack_seq_kwargs': varlen_arguments(run)}
-
-    attn_mask = (run[:, :, None] == run[:, None, :])[:, None]  # (b, 1, n, n)
-    if 'attn_mask' in given:
-        attn_mask = attn_mask & given['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
-    return arguments | {'attn_mask': attn_mask}
-
-
-def run_numbers(segment_ids: Tensor) -> Tensor:
-    """(b, n) integer -> (b, n) int64: the how-manieth run of equal ids of its row each position lies in, from 0."""
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return F.pad(starts.cumsum(dim=-1), (1, 0))
-
-
-def positions_in_run(run: Tensor) -> Tensor:
-    """(b, n) run numbers -> (b, n) int64: how far each position is from the start of its run."""
-    position = torch.arange(run.shape[1], device=run.device).expand_as(run)
-    starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
-    return position - torch.where(starts, position, 0).cummax(dim=-1).values
-
-
-def varlen_arguments(run: Tensor) -> dict[str, Any]:
-    """(1, n) run numbers -> the arguments of flash-attn's `flash_attn_varlen_func` for self-attention inside the runs.
-
-    cu_seqlens, (s + 1,) int32, holds where each of the s runs starts, and n. Its size depends on the data: a host sync.
-    Under torch.compile there is none, and it has n + 1 entries, the rest of them n: empty runs, each of which costs the
-    backward of flash-attn 128 rows of a buffer.
-    """
-    n = run.shape[1]
-    starts = F.pad(run[0].diff() > 0, (1, 0), value=True)  # (n,)
-    position = torch.arange(n, device=run.device)
-    cu_seqlens = F.pad(torch.where(starts, position, n).sort().values, (0, 1), value=n).int()
-    if not torch.compiler.is_compiling():
-        cu_seqlens = cu_seqlens[: int(starts.sum()) + 1]
-    return {'cu_seqlens_q': cu_seqlens, 'cu_seqlens_k': cu_seqlens, 'max_seqlen_q': n, 'max_seqlen_k': n}
-
-
-def why_not_arguments(names: list[str], rows: int, varlen: bool) -> str | None:
-    """Return which argument of the network's forward is not known to keep sequences apart; None if all are."""
-    for name in names:
-        if name not in APART_ARGUMENTS and not name.startswith('return_'):
-            return name
-        if varlen and ('mask' in name or name == 'context'):
-            return f'{name} beside attn_flash_pack_seq'
-    return f'attn_flash_pack_seq on {rows} rows instead of one' if varlen and rows != 1 else None
 
 
 class Verdict(NamedTuple):
@@ -210,6 +211,9 @@ def why_not_option(net: nn.Module) -> str | None:
     A whitelist: every trait of the network must be one of a network in `APART`, built here and now. So what a later
     release of x-transformers adds is refused as soon as it is switched on, and so are modules that are not its own.
     """
+    if not isinstance(net, TransformerWrapper):
+        return f'a {type(net).__name__} instead of a TransformerWrapper'
+
     strange = traits(net)
     for index in range(len(APART)):
         strange = {trait: path for trait, path in strange.items() if trait not in traits_of_example(index)}
@@ -239,7 +243,6 @@ def why_not_together(net: Any) -> str | None:
             rotary is not None and rotary.scale is not None and any(m.l2_distance for m in attends)
         ),
         'attn_max_attend_past beside cross_attend': any(m.max_attend_past is not None for m in across),
-        'attn_data_dependent_alibi beside cross_attend': any(m.data_dependent_alibi is not None for m in across),
         'attn_use_rel_proj_pos_bias beside cross_attend': any(
             getattr(m, 'rel_proj_pos_bias', None) is not None for m in across
         ),
@@ -260,15 +263,8 @@ class Trait(NamedTuple):
 @cache
 def traits_of_example(index: int) -> frozenset[Trait]:
     """Return the traits of a network in `APART`; none if this x-transformers, or this machine, cannot build it."""
-    arguments: dict[str, Any] = {
-        'num_tokens': 8,
-        'max_seq_len': 8,
-        'dim': 16,
-        'depth': 2,
-        'heads': 2,
-        'attn_dim_head': 8,
-    }
-    arguments |= {'verbose': False} | APART[index]
+    sizes = {'num_tokens': 8, 'max_seq_len': 8, 'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8}
+    arguments: dict[str, Any] = sizes | {'verbose': False} | APART[index]
     of_wrapper = arguments.keys() & inspect.signature(TransformerWrapper).parameters
     wrapper = {name: arguments.pop(name) for name in of_wrapper}
     try:

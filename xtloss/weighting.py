@@ -121,3 +121,10 @@ def batch_normalizer(targets: Targets, weighting: Weighting, dtype: torch.dtype)
 def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
     """total / Z, and 0, still attached to the graph, where Z is 0."""
     return total * torch.where(normalizer > 0, normalizer.reciprocal(), 0)
+
+
+def weighted_loss(token_loss: Tensor, weights: Weights) -> tuple[Tensor, LossBreakdown]:
+    """Σ w · ℓ / Z, 0-dim, of ℓ (b, n-1), 0 where it is not counted; and what it is made of."""
+    loss = normalize((weights.weight * token_loss).sum(), weights.normalizer)
+    parts = token_loss, weights.weight, weights.normalizer, torch.zeros_like(loss)
+    return loss, LossBreakdown(*(t.detach() for t in parts))

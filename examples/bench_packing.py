@@ -1,0 +1,123 @@
+"""Compare packed with padded training on real lines: tokens per second of a training step, and the loss.
+
+    python examples/bench_packing.py --data PATH [--lines 32] [--vocab 256] [--threads 2]
+
+The same random batches of lines go through x-transformers' own wrapper on padded rows, xtloss on padded rows, and
+xtloss on packed rows: one network, forward and backward, interleaved. Tokens are real ones: bytes of lines.
+
+b - rows
+n - positions
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+from enwik8_config import PRESETS
+from enwik8_sequences import collate, draw, split_text
+from enwik8_text import find_text, read_text
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+from x_transformers import AutoregressiveWrapper as Upstream
+from x_transformers import Decoder, TransformerWrapper
+
+from xtloss import AutoregressiveWrapper, pack
+
+
+@dataclass(frozen=True)
+class Config:
+    """The text, the batches and the network, which is the tiny preset of train_enwik8.py."""
+
+    data: str = 'auto'
+    """As in train_enwik8.py."""
+    lines: tuple[int, ...] = (8, 16, 32)
+    """Lines a batch; each is measured."""
+    max_len: int = 512
+    """Lines are cut there; the rows of a packed batch are as long."""
+    vocab: int = 256
+    """Of the network; bytes use the first 256 ids."""
+    rounds: int = 7
+    threads: int | None = None
+    seed: int = 0
+    device: str = 'cpu'
+
+
+def main(config: Config) -> None:
+    """Measure and print a table."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    source = find_text(config.data)
+    lines = split_text(read_text(source, None), 'lines', config.max_len, 1).train
+
+    tiny = PRESETS['tiny']
+    attn_layers = Decoder(
+        dim=tiny['dim'], depth=tiny['depth'], heads=tiny['heads'], rotary_pos_emb=True, attn_flash=True, verbose=False
+    )
+    net = TransformerWrapper(num_tokens=config.vocab, max_seq_len=config.max_len, attn_layers=attn_layers)
+    net = net.to(config.device)
+    upstream, ours = Upstream(net), AutoregressiveWrapper(net)
+
+    print(f'{source}, lines of {sum(map(len, lines)) / len(lines):.0f} bytes on average, vocabulary {config.vocab}')
+    print(f'{"":>8}{"real tokens per second":^45}{"packed over":^26}{"largest":>12}')
+    print(
+        f'{"lines":>8}{"x-transformers":>17}{"xtloss padded":>15}{"packed":>13}'
+        f'{"x-transformers":>17}{"padded":>9}{"Δ loss":>12}'
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    for count in config.lines:
+        speeds: dict[str, list[float]] = {'x-transformers': [], 'padded': [], 'packed': []}
+        difference = 0.0
+        for round_ in tqdm(range(config.rounds + 1), desc=f'{count} lines', leave=False):
+            batch = draw(lines, count, generator)
+            x, lens = (t.to(config.device) for t in collate(batch))  # (b, n), (b,)
+            packed, segment_ids = (t.to(config.device) for t in pack([list(line) for line in batch], config.max_len))
+
+            losses = []
+            for name, step in {
+                'x-transformers': lambda x=x, lens=lens: upstream(x, lens=lens),
+                'padded': lambda x=x, lens=lens: ours(x, lens=lens),
+                'packed': lambda x=packed, ids=segment_ids: ours(x, segment_ids=ids),
+            }.items():
+                loss, seconds = timed(net, step)
+                losses.append(loss)
+                if round_ > 0:  # the first warms up
+                    speeds[name].append(int(lens.sum()) / seconds)
+            difference = max(difference, *(abs(loss - losses[0]) / losses[0] for loss in losses))
+
+        median = {name: statistics.median(speed) for name, speed in speeds.items()}
+        over = {
+            name: statistics.median(a / b for a, b in zip(speeds['packed'], speeds[name], strict=True))
+            for name in ('x-transformers', 'padded')
+        }
+        print(
+            f'{count:>8}{median["x-transformers"]:>17,.0f}{median["padded"]:>15,.0f}{median["packed"]:>13,.0f}'
+            f'{over["x-transformers"]:>16.2f}x{over["padded"]:>8.2f}x{difference:>12.1e}'
+        )
+
+
+def timed(net: Module, step: Callable[[], Tensor]) -> tuple[float, float]:
+    """Run a forward and a backward; return the loss and the seconds."""
+    net.zero_grad()
+    synchronize()
+    start = time.perf_counter()
+    loss = step()
+    loss.backward()
+    synchronize()
+    return loss.item(), time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the device, where it runs ahead of Python."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == '__main__':
+    main(tyro.cli(Config, description=__doc__))
