@@ -1,7 +1,7 @@
 """The loss for people who train with x-transformers: every weighting by one equation, fused, however it is batched."""
 
 from xtloss.autoregressive import AutoregressiveWrapper
-from xtloss.collate import collate
+from xtloss.collating import collate
 from xtloss.continuous import ContinuousAutoregressiveWrapper
 from xtloss.distributed import global_normalizer
 from xtloss.fused import linear_cross_entropy

@@ -56,7 +56,7 @@ def upgrade_(module: M, **options: Any) -> M:
 
     Args:
         module: the model.
-        **options: ``equal_loss_weight_batch``, ``loss_weighting``, and, where all are `AutoregressiveWrapper`, ``fused``.
+        **options: ``equal_loss_weight_batch``, ``loss_weighting``, and ``fused`` where all are `AutoregressiveWrapper`.
 
     Raises:
         TypeError: no module, or an option of the wrong type.

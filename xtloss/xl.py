@@ -70,6 +70,9 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
     ignore_index: int
     pad_value: int
     max_seq_len: int
+    init_ttt: Any
+    update_ttt: Any
+    ttt_wrappers: dict[str, Any]
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
 
         Args:
             x: (b, n), token ids of any integer dtype; ``ignore_index`` where there is no target.
-            mems: memories of what came before the rows, one (b, m, d) a layer, with ``mem_masks`` where some is padding.
+            mems: memories of what came before the rows, (b, m, d) a layer, with ``mem_masks`` where some is padding.
             dropout_mems: let every segment forget those before.
             ttt_recurrent_steps: passes over a segment, each after an update by test-time training.
             lens: (b,), integer: tokens from ``lens`` on are padding.
@@ -228,7 +231,7 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
             raise ValueError(f'the network must return ({b}, {s}, vocab), got {tuple(logits.shape)}')
         logits = logits[:, : segment.counted.shape[1]]
         ids = torch.where(segment.counted, segment.next_ids, 0)
-        net = self if hasattr(self, 'output_is_log_prob') else self.net  # self.net may be wrapped, from 2.31 on
+        net: Any = self if hasattr(self, 'output_is_log_prob') else self.net  # upstream may have wrapped self.net
         losses = flat_losses(
             logits.flatten(0, 1), ids.flatten(), segment.counted.flatten(), is_log_prob=net.output_is_log_prob
         )
