@@ -32,12 +32,13 @@ def check_batch(
     *,
     kind: str = 'integer',
     normalizer: Any = None,
+    counts: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> None:
     """Check x, (b, n) of token ids or (b, n, d) of features, the arguments named in `ARGUMENTS`, and `normalizer`.
 
-    `notes` end the message about the shape of an argument.
+    `counts` are whole numbers >= 1. `notes` end the message about the shape of an argument.
 
     Raises:
         TypeError: an argument of the wrong type or dtype; these are looked for first.
@@ -50,6 +51,9 @@ def check_batch(
     for name, value in given.items():
         check_dtype(name, value, ARGUMENTS[name][0])
     check_normalizer_type(normalizer)
+    for name, value in (counts or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f'{name} must be int, got {type(value).__name__}')
 
     dims = 'b n' if kind == 'integer' else 'b n d'
     if x.ndim != len(dims.split()) or x.shape[1] == 0:
@@ -65,6 +69,9 @@ def check_batch(
         if value.device != x.device:
             raise ValueError(f'{name} must be on {x.device} like x, got {value.device}')
     check_normalizer_range(normalizer, x.device)
+    for name, value in (counts or {}).items():
+        if value < 1:
+            raise ValueError(f'{name} must be >= 1, got {value}')
 
 
 def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:

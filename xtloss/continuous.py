@@ -171,11 +171,7 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
         return batch_normalizer(targets, self.weighting, self.loss_dtype)
 
     def _count(self, x: Tensor, rollout_steps: int, network_arguments: dict[str, Any], **arguments: Any) -> Targets:
-        if isinstance(rollout_steps, bool) or not isinstance(rollout_steps, int):
-            raise TypeError(f'rollout_steps must be int, got {type(rollout_steps).__name__}')
-        check_batch(x, kind='floating point', notes=NOTES, **arguments)
-        if rollout_steps < 1:
-            raise ValueError(f'rollout_steps must be >= 1, got {rollout_steps}')
+        check_batch(x, kind='floating point', counts={'rollout_steps': rollout_steps}, notes=NOTES, **arguments)
         refuse_arguments(network_arguments, REFUSED)
         counting = {name: arguments[name] for name in ('lens', 'mask', 'loss_mask', 'seq_start_pos')}
         return count_targets(x, **counting)

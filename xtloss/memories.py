@@ -32,25 +32,24 @@ def memory_arguments(memories: Memories, mask: Tensor | None) -> dict[str, Any]:
     return arguments
 
 
-def remember(
-    memories: Memories,
-    mask: Tensor | None,  # (b, s)
-    mems: list[Tensor],  # (b, m, d) each, made of the old ones and of
-    hiddens: list[Tensor],  # (b, h, d) each
-) -> Memories:
-    """Return the memories that a segment with this mask left, given those it had."""
+def remember(memories: Memories, mask: Tensor | None, intermediates: Any) -> Memories:
+    """Return the memories that a segment with this mask, (b, s), left, given those it had.
+
+    The network returns the ends of what its layers have attended to: their memories and their input, `hiddens`.
+    """
+    mems = intermediates.mems
     if mask is None and memories.masks is None:
         return Memories(mems)
 
-    def seen(layer: int, hidden: Tensor) -> Tensor:
-        """Make the mask of all that this layer has attended to."""
-        b, h, _ = hidden.shape
-        here = (
-            hidden.new_ones(b, h, dtype=torch.bool) if mask is None else F.pad(mask, (h - mask.shape[1], 0), value=True)
-        )
+    masks = []
+    for layer, mem in enumerate(mems):
+        b, h, _ = intermediates.hiddens[layer].shape
+        seen = mem.new_ones(b, h, dtype=torch.bool)
+        if mask is not None:
+            seen = F.pad(mask, (h - mask.shape[1], 0), value=True)
         if memories.masks is not None:
-            return torch.cat((memories.masks[layer], here), dim=1)
-        return here if memories.mems is None else F.pad(here, (memories.mems[layer].shape[1], 0), value=True)
-
-    masks = [seen(layer, hidden) for layer, hidden in enumerate(hiddens)]
-    return Memories(mems, [mask[:, mask.shape[1] - mem.shape[1] :] for mask, mem in zip(masks, mems, strict=True)])
+            seen = torch.cat((memories.masks[layer], seen), dim=1)
+        elif memories.mems is not None:
+            seen = F.pad(seen, (memories.mems[layer].shape[1], 0), value=True)
+        masks.append(seen[:, seen.shape[1] - mem.shape[1] :])
+    return Memories(mems, masks)

@@ -70,8 +70,8 @@ def segment_arguments(
     if varlen:
         return arguments | {'flash_pack_seq_kwargs': varlen_arguments(run)}
 
-    # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and lets
-    # those that it overlooks attend to everything
+    # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
+    # those that it overlooks it lets attend to everything
     attn_mask = (run[:, :, None] == run[:, None, :]).tril()[:, None]  # (b, 1, n, n)
     if 'attn_mask' in given:
         attn_mask = attn_mask & given['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them

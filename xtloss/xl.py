@@ -127,14 +127,12 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
 
         """
         x, targets = self._count(
-            x, kwargs, lens=lens, mask=mask, loss_mask=loss_mask, loss_weight=loss_weight, normalizer=normalizer
-        )
-        if ttt_recurrent_steps > 1 and not self._trains_at_test_time:
-            raise ValueError(f'ttt_recurrent_steps must be 1 without test-time training, got {ttt_recurrent_steps}')
-
+            x, ttt_recurrent_steps, kwargs,
+            lens=lens, mask=mask, loss_mask=loss_mask, loss_weight=loss_weight, normalizer=normalizer,
+        )  # fmt: skip
+        memories = Memories(mems, kwargs.pop('mem_masks', None))
         segments = self._segments(x, targets.counted, lens=lens, mask=mask)
         with torch.enable_grad() if self._trains_at_test_time else nullcontext():
-            memories = Memories(mems, kwargs.pop('mem_masks', None))
             token_loss = self._token_losses(segments, memories, dropout_mems, ttt_recurrent_steps, kwargs)  # (b, n-1)
             weights = batch_weights(targets, self.weighting, token_loss.dtype, loss_weight, normalizer)
             loss, breakdown = weighted_loss(token_loss, weights)
@@ -154,15 +152,20 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         Takes what `forward` takes, and raises what it raises. Sum it over the micro-batches of a step, hand the sum to
         `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to those of one batch.
         """
-        _, targets = self._count(x, network_kwargs, lens=lens, mask=mask, loss_mask=loss_mask)
+        recurrent_steps = network_kwargs.get('ttt_recurrent_steps', 1)
+        _, targets = self._count(x, recurrent_steps, network_kwargs, lens=lens, mask=mask, loss_mask=loss_mask)
         return batch_normalizer(targets, self.weighting, self.loss_dtype)
 
     @property
     def _trains_at_test_time(self) -> bool:
         return getattr(self, 'has_ttt', False)  # x-transformers 2.20 has no test-time training
 
-    def _count(self, x: Tensor, network_arguments: dict[str, Any], **arguments: Any) -> tuple[Tensor, Targets]:
-        check_batch(x, **arguments)
+    def _count(
+        self, x: Tensor, recurrent_steps: int, network_arguments: dict[str, Any], **arguments: Any
+    ) -> tuple[Tensor, Targets]:
+        check_batch(x, counts={'ttt_recurrent_steps': recurrent_steps}, **arguments)
+        if recurrent_steps > 1 and not self._trains_at_test_time:
+            raise ValueError(f'ttt_recurrent_steps must be 1 without test-time training, got {recurrent_steps}')
         refuse_arguments(network_arguments, REFUSED)
         if arguments['mask'] is not None:
             refuse_arguments(network_arguments, REFUSED_BESIDE_MASK)
@@ -216,7 +219,7 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
                 if self._trains_at_test_time and not (is_last_step and segment is segments[-1]):
                     self.update_ttt(logits, segment.next_ids, create_graph=self.training, intermediates=intermediates)
 
-            memories = remember(memories, segment.mask, intermediates.mems, intermediates.hiddens)
+            memories = remember(memories, segment.mask, intermediates)
             if self._trains_at_test_time and cut_off:
                 for wrapper in self.ttt_wrappers.values():
                     wrapper.batch_params = {

@@ -1,0 +1,287 @@
+"""Time and memory of head and loss: xtloss beside x-transformers, torch, and the matrix products nobody can avoid.
+
+    python examples/bench_loss.py                                    # one shape
+    python examples/bench_loss.py --vocab 50257 --dim 768 --tokens 2048 --uncounted 0.5
+    python examples/bench_loss.py --suite                            # the table of the README, about 9 minutes
+
+Forward and backward, interleaved in rounds, warmed up. Times are medians; ratios are medians of the ratio within a
+round. Peak memory is that of one pass in a process of its own, beyond what the inputs take.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from bench_peers import (
+    CHUNKED,
+    HEADS,
+    OURS,
+    PRODUCTS,
+    STEP_OURS,
+    STEP_UPSTREAM,
+    UPSTREAM,
+    Run,
+    Shape,
+    Times,
+    measure_memory,
+    measure_times,
+)  # fmt: skip
+from matplotlib.figure import Figure
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure time and memory of head and loss, and of whole training steps."""
+
+    device: Literal['cpu', 'cuda'] = 'cpu'
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    vocab: int = 32768
+    dim: int = 512
+    tokens: int = 4096
+    uncounted: float = 0.0
+    """The part of the targets that does not count, in [0, 1)."""
+    depth: int = 4
+    """Layers of the network, for the whole training step."""
+    threads: int | None = None
+    """None: as many as torch takes by itself."""
+
+    suite: bool = False
+    """Measure the shapes of the README's table, not the one above."""
+    rounds: int = 3
+    """At least so many rounds of each comparison,"""
+    seconds: float = 30.0
+    """and at least so long."""
+    memory: bool = True
+    """Measure peak memory too (on a CPU: Linux only)."""
+    out: Path = Path('runs/bench_loss')
+    """Where bench_loss.png goes."""
+
+
+class Comparison(NamedTuple):
+    """Peers that were given one shape: milliseconds, and bytes where they were measured."""
+
+    shape: Shape
+    times: Times
+    memory: dict[Run, int]
+    peers: tuple[str, ...]
+
+    def baseline(self, peer: str) -> str:
+        """Return upstream's peer of the same kind."""
+        return STEP_UPSTREAM if peer == STEP_OURS else UPSTREAM if peer in HEADS else peer
+
+
+def comparison_table(c: Comparison) -> str:
+    """Return the peers as a markdown table."""
+    lines = [
+        f'| {c.shape} | ms | / {PRODUCTS} | / {UPSTREAM} | extra peak MiB | / {UPSTREAM} |',
+        '|---|---:|---:|---:|---:|---:|',
+    ]
+    for peer in c.peers:
+        run, base = (peer, c.shape), (c.baseline(peer), c.shape)
+        per_products = f'{c.times.ratio(run, (PRODUCTS, c.shape)):.2f}' if peer in HEADS else ''
+        per_upstream = f'{c.times.ratio(run, base):.2f}'
+        mib = f'{c.memory[run] / MIB:,.0f}' if run in c.memory else ''
+        of_memory = f'{c.memory[run] / c.memory[base]:.2f}' if {run, base} <= c.memory.keys() else ''
+        row = (peer, f'{c.times.ms(run):,.0f}', per_products, per_upstream, mib, of_memory)
+        lines.append(f'| {" | ".join(row)} |')
+    return '\n'.join(lines)
+
+
+class Row(NamedTuple):
+    """A line of the suite's table."""
+
+    what: str
+    at_most: float
+    measured: float | None
+
+
+def suite_table(rows: list[Row]) -> str:
+    """Return the rows as a markdown table."""
+    lines = ['| | at most | measured | |', '|---|---:|---:|---|']
+    for row in rows:
+        measured = '-' if row.measured is None else f'{row.measured:.3f}'
+        over = 'over' if row.measured is not None and row.measured > row.at_most else ''
+        lines.append(f'| {row.what} | {row.at_most:.2f} | {measured} | {over} |')
+    return '\n'.join(lines)
+
+
+def draw(comparisons: list[Comparison], path: Path) -> None:
+    """Draw time and memory of the heads, a row of panels for each shape."""
+    figure = Figure(figsize=(12, 0.6 + 3.4 * len(comparisons)), layout='constrained')
+    panels = figure.subplots(len(comparisons), 2, squeeze=False, sharey='row')
+    for (left, right), c in zip(panels, comparisons, strict=True):
+        peers = [peer for peer in c.peers if peer in HEADS][::-1]
+        colors = ['tab:orange' if peer == OURS else 'tab:gray' for peer in peers]
+        runs = [(peer, c.shape) for peer in peers]
+        bars = left.barh(peers, [c.times.ms(run) for run in runs], color=colors)
+        left.bar_label(bars, [f'{c.times.ms(run):,.0f}' for run in runs], padding=3)
+        left.axvline(c.times.ms((PRODUCTS, c.shape)), color='black', linestyle=':', linewidth=1)
+        left.set_xlabel('forward and backward of head and loss, ms')
+        left.set_title(str(c.shape), loc='left')
+        if c.memory:
+            mib = [c.memory.get(run, 0) / MIB for run in runs]
+            right.bar_label(right.barh(peers, mib, color=colors), [f'{value:,.0f}' for value in mib], padding=3)
+        right.set_xlabel('extra peak memory, MiB')
+        for axes in (left, right):
+            axes.margins(x=0.14)
+            axes.spines[['top', 'right']].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=144)
+
+
+def one_shape(config: Config, shape: Shape) -> tuple[list[Comparison], list[Row]]:
+    """Compare all peers at one shape, heads with heads and whole steps with whole steps."""
+    peers = (*HEADS, STEP_UPSTREAM, STEP_OURS)
+    memory = measured_memory(config, [(peer, shape) for peer in peers])
+    heads = measured_times(config, [(peer, shape) for peer in HEADS], title='head and loss')
+    steps = measured_times(config, [(STEP_UPSTREAM, shape), (STEP_OURS, shape)], title='whole step')
+    return [Comparison(shape, Times(heads.seconds | steps.seconds), memory, peers)], []
+
+
+class SuiteShapes(NamedTuple):
+    """The shapes of the README's table."""
+
+    a: Shape
+    b: Shape
+    uncounted: Shape  # a, of which 75% does not count
+    twice: Shape  # a, with 2N tokens
+    step: Shape
+    padded: Shape  # step, of which 75% is padding
+    characters: Shape  # a whole step in which the head is small
+
+
+def suite_shapes(like: Shape) -> SuiteShapes:
+    """Return them for a device and a dtype."""
+    a = like._replace(tokens=4096, dim=512, vocab=32768, uncounted=0.0, rows=8)
+    b = a._replace(tokens=2048, dim=768, vocab=50257)
+    step = a._replace(dim=256, depth=4)
+    characters = a._replace(tokens=2048, vocab=256, rows=4, depth=6)
+    return SuiteShapes(
+        a, b, a._replace(uncounted=0.75), a._replace(tokens=8192), step, step._replace(uncounted=0.75), characters
+    )
+
+
+def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
+    """Measure everything the README's table has."""
+    some = (PRODUCTS, UPSTREAM, *CHUNKED, OURS)
+    memory = measured_memory(
+        config, [(peer, s.a) for peer in HEADS] + [(OURS, s.twice)] + [(peer, s.b) for peer in some]
+    )
+    at_a = measured_times(config, [(p, s.a) for p in HEADS] + [(OURS, s.uncounted), (OURS, s.twice)], title=str(s.a))
+    at_b = measured_times(config, [(peer, s.b) for peer in some], title=str(s.b))
+    pair = (STEP_UPSTREAM, STEP_OURS)
+    steps = measured_times(config, [(peer, shape) for shape in (s.step, s.padded) for peer in pair], title='whole step')
+    small = measured_times(config, [(peer, s.characters) for peer in pair], title='whole step, V=256')
+
+    rows = []
+    for times, shape in ((at_a, s.a), (at_b, s.b)):
+        ours = (OURS, shape)
+        chunked = min(((peer, shape) for peer in CHUNKED), key=times.ms, default=None)
+        rows += [
+            Row(f'head + loss / the three products, {shape}', 1.10, times.ratio(ours, (PRODUCTS, shape))),
+            Row(f"head + loss / x-transformers', {shape}", 0.50, times.ratio(ours, (UPSTREAM, shape))),
+            Row(
+                f'head + loss / F.linear_cross_entropy in its faster chunks, {shape}',
+                0.75,
+                times.ratio(ours, chunked) if chunked else None,
+            ),
+        ]
+
+    def memory_ratio(run: Run, other: Run, *, gradients: bool = True) -> float | None:
+        if not memory:
+            return None
+        own, others = (memory[r] - (0 if gradients else gradient_bytes(r[1])) for r in (run, other))
+        return own / others
+
+    rows += [
+        Row(f"extra peak memory / x-transformers', {s.a}", 0.10, memory_ratio((OURS, s.a), (UPSTREAM, s.a))),
+        Row(f"extra peak memory / x-transformers', {s.b}", 0.16, memory_ratio((OURS, s.b), (UPSTREAM, s.b))),
+        Row('75% of the targets uncounted / none', 0.30, at_a.ratio((OURS, s.uncounted), (OURS, s.a))),
+    ]
+    for times, shape, what, at_most in (
+        (steps, s.step, 'nothing masked', 0.50),
+        (steps, s.padded, '75% padding', 0.30),
+        (small, s.characters, 'nothing masked', 1.03),
+    ):
+        size = f'd={shape.dim}, depth {shape.depth}, V={shape.vocab}, {shape.rows} x {shape.tokens // shape.rows}'
+        ratio = times.ratio((STEP_OURS, shape), (STEP_UPSTREAM, shape))
+        rows.append(Row(f"whole step / x-transformers', {size}, {what}", at_most, ratio))
+    rows += [
+        Row('time at 2N / at N', 2.1, at_a.ratio((OURS, s.twice), (OURS, s.a))),
+        Row(
+            'extra peak memory at 2N / at N, beyond the gradients',
+            1.1,
+            memory_ratio((OURS, s.twice), (OURS, s.a), gradients=False),
+        ),
+    ]
+    return [Comparison(s.a, at_a, memory, tuple(HEADS)), Comparison(s.b, at_b, memory, some)], rows
+
+
+def gradient_bytes(shape: Shape) -> int:
+    """Bytes of dX and dW."""
+    return (shape.tokens + shape.vocab) * shape.dim * shape.dtype.itemsize
+
+
+def measured_memory(config: Config, runs: list[Run]) -> dict[Run, int]:
+    return measure_memory(runs, threads=torch.get_num_threads()) if config.memory else {}
+
+
+def measured_times(config: Config, runs: list[Run], title: str) -> Times:
+    return measure_times(runs, rounds=config.rounds, seconds=config.seconds, title=title)
+
+
+def check(config: Config) -> str | None:
+    """Return what is wrong with the options, in one line."""
+    sizes = {name: getattr(config, name) for name in ('vocab', 'dim', 'tokens', 'depth', 'rounds')}
+    for name, value in sizes.items():
+        if value < 1:
+            return f'--{name} must be at least 1, got {value}'
+    if not 0 <= config.uncounted < 1:
+        return f'--uncounted must be in [0, 1), got {config.uncounted}'
+    if config.device == 'cuda' and not torch.cuda.is_available():
+        return '--device cuda: no CUDA device here'
+    return None
+
+
+def main(config: Config) -> int:
+    """Measure, print and draw."""
+    if wrong := check(config):
+        print(wrong, file=sys.stderr)
+        return 2
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+    shape = Shape(
+        config.tokens,
+        config.dim,
+        config.vocab,
+        config.uncounted,
+        rows=gcd(config.tokens, 8),
+        depth=config.depth,
+        device=config.device,
+        dtype=getattr(torch, config.dtype),
+    )
+    comparisons, rows = suite(config, suite_shapes(shape)) if config.suite else one_shape(config, shape)
+
+    where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} threads'
+    print(f'torch {torch.__version__}, {platform.machine()} {config.device}, {where}, {config.dtype}')
+    for comparison in comparisons:
+        print(f'\n{comparison_table(comparison)}')
+    if rows:
+        print(f'\n{suite_table(rows)}')
+    draw(comparisons, config.out / 'bench_loss.png')
+    print(f'\n{config.out / "bench_loss.png"}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(tyro.cli(Config, description=__doc__)))

@@ -1,0 +1,303 @@
+"""What bench_loss.py compares, and how each is measured: time in interleaved rounds, memory in a process of its own.
+
+Dims: N tokens = b rows of n, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import x_transformers
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+from x_transformers import Decoder, TransformerWrapper
+
+from xtloss import AutoregressiveWrapper, linear_cross_entropy
+
+IGNORED = -100
+
+
+class Shape(NamedTuple):
+    """The size of a problem, and where it is solved."""
+
+    tokens: int
+    dim: int
+    vocab: int
+    uncounted: float = 0.0  # the part of the targets that does not count
+    rows: int = 8
+    depth: int = 4  # of the network, in whole training steps
+    device: str = 'cpu'
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f'N={self.tokens}, d={self.dim}, V={self.vocab}'
+
+
+class Problem(NamedTuple):
+    """A head and what it is given."""
+
+    embed: Tensor  # (N, d)
+    head: Tensor  # (V, d)
+    target: Tensor  # (N,), IGNORED where it does not count
+    rows: int
+
+
+@cache
+def problem(shape: Shape) -> Problem:
+    """Draw the problem of a shape; the same one for all its peers."""
+    torch.manual_seed(0)
+    like: Any = {'device': shape.device, 'dtype': shape.dtype}
+    embed = torch.randn(shape.tokens, shape.dim, **like)
+    head = torch.randn(shape.vocab, shape.dim, **like) * shape.dim**-0.5
+    target = torch.randint(0, shape.vocab, (shape.tokens,), device=shape.device)
+    target[torch.randperm(shape.tokens, device=shape.device)[: round(shape.uncounted * shape.tokens)]] = IGNORED
+    return Problem(embed.requires_grad_(), head.requires_grad_(), target, shape.rows)
+
+
+# head and loss
+
+
+def products(p: Problem) -> None:
+    """Compute the logits, d logits → dX and d logits → dW: the least a head can cost."""
+    with torch.no_grad():
+        logits = p.embed @ p.head.t()  # (N, V)
+        _ = logits @ p.head, logits.t() @ p.embed  # (N, d), (V, d)
+
+
+class Head(nn.Module):
+    """A network that is nothing but its head: what it embeds is given, whatever it reads."""
+
+    max_seq_len = 1 << 20
+    add_continuous_pred_head = looped = output_is_log_prob = can_cache_kv = False
+
+    def __init__(self, embed: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.embed, self.weight = embed, weight
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return F.linear(self.embed.view(*x.shape, -1), self.weight), None
+
+
+def upstream(p: Problem) -> Tensor:
+    """x-transformers' wrapper, which slices off the last position and calls its cross-entropy on (b, V, n)."""
+    return x_transformers.AutoregressiveWrapper(Head(p.embed, p.head))(p.target.view(p.rows, -1))
+
+
+def cross_entropy_bvn(p: Problem) -> Tensor:
+    logits = F.linear(p.embed.view(p.rows, -1, p.embed.shape[1]), p.head)  # (b, n, V)
+    return F.cross_entropy(rearrange(logits, 'b n v -> b v n'), p.target.view(p.rows, -1), ignore_index=IGNORED)
+
+
+def cross_entropy_flat(p: Problem) -> Tensor:
+    return F.cross_entropy(F.linear(p.embed, p.head), p.target, ignore_index=IGNORED)
+
+
+def torch_chunked(p: Problem, **options: Any) -> Tensor:
+    chunked = nn.LinearCrossEntropyOptions(**options)
+    return F.linear_cross_entropy(p.embed, p.head, p.target, ignore_index=IGNORED, options=chunked)
+
+
+def liger(p: Problem) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(p.embed, p.head, p.target, ignore_index=IGNORED)
+
+
+def cut(p: Problem) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    return cut_cross_entropy(p.embed, p.head, p.target, ignore_index=IGNORED)
+
+
+def xtloss(p: Problem) -> Tensor:
+    """linear_cross_entropy, of the counted rows alone where some do not count, as the wrapper calls it."""
+    embed, target = p.embed, p.target
+    counted = target != IGNORED
+    if not counted.all():
+        index = counted.nonzero().squeeze(1)
+        embed, target = embed.index_select(0, index), target[index]
+    loss, _ = linear_cross_entropy(embed, p.head, target, torch.ones_like(target, dtype=torch.float32))
+    return loss / len(target)
+
+
+# whole training steps
+
+
+@cache
+def network(shape: Shape) -> TransformerWrapper:
+    """Build the network of a shape; the same one for both wrappers."""
+    torch.manual_seed(0)
+    layers = Decoder(
+        dim=shape.dim,
+        depth=shape.depth,
+        heads=max(1, shape.dim // 64),
+        rotary_pos_emb=True,
+        attn_flash=True,
+        verbose=False,
+    )
+    net = TransformerWrapper(num_tokens=shape.vocab, max_seq_len=shape.tokens // shape.rows, attn_layers=layers)
+    return net.to(shape.device, shape.dtype)
+
+
+def whole_step(wrapper: type[nn.Module], shape: Shape) -> Callable[[], Tensor]:
+    """Return the forward pass of a wrapper; the rows are of different lengths where some targets do not count."""
+    n, counted = shape.tokens // shape.rows, 1 - shape.uncounted
+    x = torch.randint(0, shape.vocab, (shape.rows, n), device=shape.device)
+    spread = torch.linspace(-0.75, 0.75, shape.rows, device=shape.device) * min(counted, shape.uncounted)
+    lens = ((counted + spread) * n).round().long() if shape.uncounted else None
+    model = wrapper(network(shape))
+    return lambda: model(x, lens=lens)
+
+
+# the peers by name
+
+PRODUCTS, UPSTREAM, OURS = 'three matrix products', 'x-transformers', 'xtloss'
+STEP_UPSTREAM, STEP_OURS = 'x-transformers, whole step', 'xtloss, whole step'
+CHUNKED = {
+    'F.linear_cross_entropy, chunks of its choice': {},
+    'F.linear_cross_entropy, chunks of 512': {'batch_chunk_size': 512},
+}
+HEADS: dict[str, Callable[[Problem], Tensor | None]] = {
+    PRODUCTS: products,
+    UPSTREAM: upstream,
+    'F.cross_entropy, (b, vocab, n)': cross_entropy_bvn,
+    'F.cross_entropy, flat': cross_entropy_flat,
+}
+if hasattr(F, 'linear_cross_entropy'):
+    HEADS |= {name: lambda p, options=options: torch_chunked(p, **options) for name, options in CHUNKED.items()}
+else:  # before torch 2.13
+    CHUNKED = {}
+if torch.cuda.is_available():
+    modules = {'liger_kernel': ('liger-kernel', liger), 'cut_cross_entropy': ('cut-cross-entropy', cut)}
+    HEADS |= {name: function for module, (name, function) in modules.items() if find_spec(module)}
+HEADS[OURS] = xtloss
+
+WHOLE = {STEP_UPSTREAM: x_transformers.AutoregressiveWrapper, STEP_OURS: AutoregressiveWrapper}
+
+
+def make_step(peer: str, shape: Shape) -> Callable[[], None]:
+    """Return one forward and backward pass, ready to run, which leaves no gradients behind."""
+    if peer in WHOLE:
+        model, forward = network(shape), whole_step(WHOLE[peer], shape)
+        leaves = list(model.parameters())
+    else:
+        p = problem(shape)
+        leaves, forward = [p.embed, p.head], lambda: HEADS[peer](p)
+
+    def step() -> None:
+        loss = forward()
+        if loss is not None:
+            loss.backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+# how they are measured
+
+Run = tuple[str, Shape]  # a peer and what it is given
+
+
+class Times(NamedTuple):
+    """Seconds of each run, round by round."""
+
+    seconds: dict[Run, list[float]]
+
+    def ms(self, run: Run) -> float:
+        """Return the median in milliseconds."""
+        return 1000 * median(self.seconds[run])
+
+    def ratio(self, run: Run, other: Run) -> float:
+        """Return the median over rounds of the ratio within a round, which slow drifts of the machine leave alone."""
+        return median(a / b for a, b in zip(self.seconds[run], self.seconds[other], strict=True))
+
+
+def tiny(shape: Shape) -> Shape:
+    """Return a shape that runs the same code in no time: for warming up."""
+    return shape._replace(tokens=8 * shape.rows, dim=64, vocab=128)
+
+
+def measure_times(runs: Iterable[Run], *, rounds: int, seconds: float, title: str = 'time') -> Times:
+    """Time every run once a round, for so many rounds at least and for so many seconds at least."""
+    runs = list(dict.fromkeys(runs))
+    for peer, shape in runs:
+        make_step(peer, tiny(shape))()
+
+    steps = {run: make_step(*run) for run in runs}
+    taken: dict[Run, list[float]] = {run: [] for run in runs}
+    start = time.perf_counter()
+    with tqdm(desc=title, unit=' rounds', leave=False, disable=None) as bar:
+        while bar.n < rounds or time.perf_counter() - start < seconds:
+            for run, step in steps.items():
+                synchronize(run[1])
+                began = time.perf_counter()
+                step()
+                synchronize(run[1])
+                taken[run].append(time.perf_counter() - began)
+            bar.n += 1
+            bar.refresh()
+    return Times(taken)
+
+
+def synchronize(shape: Shape) -> None:
+    if shape.device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def measure_memory(runs: Iterable[Run], *, threads: int) -> dict[Run, int]:
+    """Return the bytes that each run needs at its peak beyond its inputs, in a new process each."""
+    runs = list(dict.fromkeys(runs))
+    return {run: _memory_of(run, threads) for run in tqdm(runs, desc='memory', leave=False, disable=None)}
+
+
+def _memory_of(run: Run, threads: int) -> int:
+    peer, shape = run
+    arguments = json.dumps([peer, shape._replace(dtype=str(shape.dtype).removeprefix('torch.')), threads])
+    command = [sys.executable, str(Path(__file__)), arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f'{peer} at {shape} failed in a process of its own:\n{done.stderr}')
+    return int(done.stdout.split()[-1])
+
+
+def peak_memory(peer: str, shape: Shape) -> int:
+    """Run one step in this process; bytes at the peak beyond what was there once inputs and libraries were loaded."""
+    make_step(peer, tiny(shape))()
+    step = make_step(peer, shape)
+    if shape.device == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    before = resident('VmRSS')
+    step()
+    return resident('VmHWM') - before
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at the peak; ru_maxrss would begin with that of the parent process."""
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f'no {field} in /proc/self/status: peak memory is measured on Linux only')
+
+
+if __name__ == '__main__':
+    name, fields, threads = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    *sizes, dtype = fields
+    print(peak_memory(name, Shape(*sizes, dtype=getattr(torch, dtype))))

@@ -1,0 +1,96 @@
+"""The options of train_enwik8.py, and the presets that fill in what is left out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Weighting = Literal['token', 'sequence', 'square', 'padded', 'sequence_sum']
+
+# base is x-transformers' own train_enwik8.py
+PRESETS: dict[str, dict[str, Any]] = {
+    'tiny': {
+        'dim': 128, 'depth': 3, 'heads': 2, 'orthog_values': False,
+        'seq_len': 256, 'batch_size': 32, 'grad_accum': 1, 'learning_rate': 2e-3,
+        'steps': 400, 'validate_every': 100, 'generate_every': 400, 'generate_length': 128,
+    },
+    'base': {
+        'dim': 512, 'depth': 6, 'heads': 8, 'orthog_values': True,
+        'seq_len': 1024, 'batch_size': 4, 'grad_accum': 4, 'learning_rate': 1e-4,
+        'steps': 100_000, 'validate_every': 100, 'generate_every': 500, 'generate_length': 1024,
+    },
+}  # fmt: skip
+
+
+class ConfigError(Exception):
+    """The options do not go together; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a byte-level decoder on real text; what it costs at each length goes to runs/NAME.
+
+    What is left at None from `dim` to `generate_length` is set by the preset.
+    """
+
+    data: str = 'auto'
+    """'auto': data/enwik8, .gz or .zip, else a download of it, else 'builtin'; 'builtin': the documentation inside
+    Python; or the path of a raw, .gz or .zip file."""
+    max_bytes: int | None = None
+    """Read no more of the text than this."""
+    sequences: Literal['lines', 'pages', 'windows'] = 'lines'
+    """'lines': each distinct non-blank line; 'pages': each <page>, both as long as they are, up to seq_len + 1 bytes;
+    'windows': random crops of seq_len + 1 bytes."""
+    held_out: int = 1024
+    """Validate on at most so many sequences. None of their lines occurs in training."""
+
+    equal_loss_weight_batch: bool = False
+    """Every sequence weighs the same in the loss, however long: loss_weighting 'sequence'."""
+    loss_weighting: Weighting | float | None = None
+    """A weighting by name, or p in [0, 1]: a byte of a sequence of L targets weighs L^-p. None: 'token'."""
+
+    preset: Literal['auto', 'tiny', 'base'] = 'auto'
+    """'tiny': minutes on a CPU; 'base': the settings of x-transformers' train_enwik8.py; 'auto': by device."""
+    dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    orthog_values: bool | None = None
+    """x-transformers' attn_orthog_projected_values, which base has."""
+    seq_len: int | None = None
+    """The most positions the network sees."""
+    batch_size: int | None = None
+    """Sequences in a micro-batch of one process."""
+    grad_accum: int | None = None
+    """Micro-batches in an optimizer step."""
+    learning_rate: float | None = None
+    steps: int | None = None
+    """Optimizer steps."""
+    validate_every: int | None = None
+    generate_every: int | None = None
+    generate_length: int | None = None
+
+    seed: int = 0
+    """Of the parameters, the batches and the samples; the batches are the same for every weighting."""
+    name: str | None = None
+    """The results go to runs/NAME, over those of an earlier run. None: the data, the sequences, the weighting."""
+
+
+def resolve(config: Config, device: torch.device) -> Config:
+    """Fill in what was left out, by the preset for this device. Raises `ConfigError`."""
+    preset = config.preset if config.preset != 'auto' else 'tiny' if device.type == 'cpu' else 'base'
+    chosen = {name: value for name, value in asdict(config).items() if value is not None}
+    config = Config(**(PRESETS[preset] | chosen | {'preset': preset}))
+    for name, value in asdict(config).items():
+        least = 0 if name == 'seed' else 1
+        if type(value) is int and value < least:  # a bool is no number here
+            raise ConfigError(f'{name} must be at least {least}, got {value}')
+    return config
+
+
+def run_name(config: Config, source: str) -> str:
+    """Name a run by its data, sequences and weighting: builtin-lines-token."""
+    weighting = config.loss_weighting or ('sequence' if config.equal_loss_weight_batch else 'token')
+    return f'{Path(source).name.partition(".")[0]}-{config.sequences}-{weighting}'

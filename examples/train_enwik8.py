@@ -1,0 +1,198 @@
+"""Train a byte-level decoder on real text with any weighting of the loss, and see what it does at each length.
+
+    python examples/train_enwik8.py                                   # token: every byte counts the same
+    python examples/train_enwik8.py --equal-loss-weight-batch         # sequence: every line counts the same
+    accelerate launch --multi_gpu examples/train_enwik8.py --preset base
+
+A run leaves config.json, metrics.jsonl and loss_by_length.png in runs/NAME/.
+
+b - sequences in a batch
+n - positions
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from enwik8_config import Config, ConfigError, resolve, run_name
+from enwik8_report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
+from enwik8_sequences import collate, draw, split_text
+from enwik8_text import DataError, find_text, read_text
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Adam, Optimizer
+from tqdm import tqdm
+from x_transformers import Decoder, TransformerWrapper
+
+from xtloss import AutoregressiveWrapper, global_normalizer
+
+MAX_GRAD_NORM = 0.5  # as upstream
+PROMPT = 32  # bytes
+
+
+def build_model(config: Config) -> AutoregressiveWrapper:
+    """Build the network and its loss. Raises `ConfigError` for a weighting that is none."""
+    net = TransformerWrapper(
+        num_tokens=256,
+        max_seq_len=config.seq_len,
+        attn_layers=Decoder(
+            dim=config.dim,
+            depth=config.depth,
+            heads=config.heads,
+            rotary_pos_emb=True,
+            attn_flash=True,
+            attn_orthog_projected_values=config.orthog_values,
+            attn_orthog_projected_values_per_head=config.orthog_values,
+            verbose=False,
+        ),
+    )
+    try:
+        return AutoregressiveWrapper(
+            net, equal_loss_weight_batch=config.equal_loss_weight_batch, loss_weighting=config.loss_weighting
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def draw_micro_batches(
+    sequences: Sequence[bytes], config: Config, accelerator: Accelerator, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Return this process's share of one optimizer step: token ids (b, n) and lengths (b,), `grad_accum` times.
+
+    Every process draws the whole step, so which sequences it holds does not depend on how many processes there are.
+    """
+    count = config.batch_size * config.grad_accum * accelerator.num_processes
+    share = draw(sequences, count, generator)[accelerator.process_index :: accelerator.num_processes]
+    return [to_device(share[index :: config.grad_accum], accelerator.device) for index in range(config.grad_accum)]
+
+
+def to_device(sequences: Sequence[bytes], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Collate sequences and move them to a device."""
+    x, lens = collate(sequences)
+    return x.to(device), lens.to(device)
+
+
+def optimizer_step(
+    accelerator: Accelerator, model: Module, optimizer: Optimizer, micro_batches: list[tuple[Tensor, Tensor]]
+) -> float:
+    """Take one step on the loss of all micro-batches of all processes together; return that loss (nats, as weighted).
+
+    They share one normalizer, so the step is the same however its sequences are spread.
+    """
+    wrapper = accelerator.unwrap_model(model)
+    normalizer = global_normalizer(sum(wrapper.loss_normalizer(x, lens=lens) for x, lens in micro_batches))
+    total = torch.zeros((), device=accelerator.device)
+    for index, (x, lens) in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            loss = model(x, lens=lens, normalizer=normalizer)
+            accelerator.backward(loss)
+        total += loss.detach()
+    accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    return accelerator.reduce(total, 'mean').item()
+
+
+def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], batch_size: int) -> list[Row]:
+    """Report on the held-out sequences; each process scores its share of the batches."""
+    by_length = sorted(held_out, key=len)  # little padding
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    share = batches[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(share, desc='validation', leave=False, disable=not accelerator.is_main_process)
+    model.eval()
+    found = list(costs(accelerator.unwrap_model(model), (to_device(batch, accelerator.device) for batch in bar)))
+    model.train()
+    return report(gather_object(found))
+
+
+def sample(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], length: int) -> str:
+    """Return how the model goes on from the beginnings of three held-out sequences."""
+    prompts = [sequence[:PROMPT] for sequence in held_out[:3]]
+    x, lens = to_device(prompts, accelerator.device)
+    generated = accelerator.unwrap_model(model).generate(x, length, prompt_lens=lens)  # (b, length), prompts left out
+    return '\n'.join(
+        f'{"-" * 30}\n{printable(prompt)} >>> {printable(bytes(ids))}'
+        for prompt, ids in zip(prompts, generated.tolist(), strict=True)
+    )
+
+
+def printable(text: bytes) -> str:
+    """Decode bytes for a terminal."""
+    decoded = text.decode(errors='replace')
+    return ''.join(char if char.isprintable() or char == '\n' else '\N{REPLACEMENT CHARACTER}' for char in decoded)
+
+
+def train(config: Config) -> None:
+    """Run one training, from its options to its report."""
+    on_cpu = not any(backend.is_available() for backend in (torch.cuda, torch.xpu, torch.backends.mps))
+    accelerator = Accelerator(cpu=on_cpu)  # on CPU, it joins the processes of torchrun only when told so
+    main, say = accelerator.is_main_process, accelerator.on_main_process(tqdm.write)
+
+    config = resolve(config, accelerator.device)
+    say(f'preset {config.preset}, on {accelerator.device} x {accelerator.num_processes}')
+
+    source = find_text(config.data) if main else ''
+    source = broadcast_object_list([source])[0]
+    split = split_text(read_text(source, config.max_bytes), config.sequences, config.seq_len + 1, config.held_out)
+    config = replace(config, data=source, name=config.name or run_name(config, source))
+    say(f'{source}: {len(split.train):,} {config.sequences} to train on, {len(split.held_out):,} held out')
+
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    model, optimizer = accelerator.prepare(model, Adam(model.parameters(), lr=config.learning_rate))
+    generator = torch.Generator().manual_seed(config.seed)  # of the batches alone
+
+    folder = Path('runs') / config.name
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
+
+    with open(folder / METRICS if main else os.devnull, 'w') as metrics:
+
+        def log(**record: Any) -> None:
+            print(json.dumps(record), file=metrics, flush=True)
+
+        for step in (bar := tqdm(range(1, config.steps + 1), desc='training', disable=not main)):
+            micro_batches = draw_micro_batches(split.train, config, accelerator, generator)
+            loss = optimizer_step(accelerator, model, optimizer, micro_batches)
+            bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
+            log(step=step, train_loss=loss)
+
+            is_last = step == config.steps
+            if is_last or step % config.validate_every == 0:
+                rows = validate(accelerator, model, split.held_out, config.batch_size * config.grad_accum)
+                log(step=step, bits_per_byte=[row._asdict() for row in rows])
+                over_tokens, over_sequences = rows[-1].over_tokens, rows[-1].over_sequences
+                say(f'step {step:,}: {over_tokens:.3f} bits per byte over tokens, {over_sequences:.3f} over sequences')
+            if main and (is_last or step % config.generate_every == 0):
+                say(sample(accelerator, model, split.held_out, config.generate_length))
+
+    if main:
+        draw_by_length({config.name: rows}, folder / PICTURE)
+    say(f'\n{table(rows)}\n\n{folder}: config.json, {METRICS}, {PICTURE}')
+    accelerator.end_training()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Train as the command line says; exit with 2 and one line where it, or the text, is no good."""
+    try:
+        train(tyro.cli(Config, args=args))
+    except (ConfigError, DataError) as error:
+        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,142 @@
+"""Small networks and batches for the tests, each made from a seed of its own."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from x_transformers import Decoder, TransformerWrapper
+
+
+def decoder(
+    *, num_tokens: int = 11, dim: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
+) -> TransformerWrapper:
+    """A decoder-only network of one layer. `options` go to `TransformerWrapper`, those with `layers_` to `Decoder`.
+
+    The same arguments give the same parameters, so that two wrappers can each have a network of their own: a copied
+    network with tied embeddings would read the weights of the original.
+    """
+    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
+    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
+    options = {'max_seq_len': 32} | {k: v for k, v in options.items() if not k.startswith('layers_')}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = TransformerWrapper(num_tokens=num_tokens, attn_layers=Decoder(dim=dim, **layers), **options)
+        for p in net.parameters():  # x-transformers starts some parameters at zero, where a gradient could hide
+            nn.init.normal_(p, std=0.1) if not p.any() else None
+    return net.to(dtype)
+
+
+class ScaledLinear(nn.Linear):
+    """A head that is a linear layer by name only, as LoRA layers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.5
+
+
+class Stub(nn.Module):
+    """A network whose answer is the tensor it was given, whatever it reads. It keeps what it was called with."""
+
+    max_seq_len = 1024
+    add_continuous_pred_head = False
+    looped = False
+    can_cache_kv = False
+
+    def __init__(self, logits: Tensor, *, output_is_log_prob: bool = False) -> None:
+        """`logits` is what `forward` returns, (b, n, v)."""
+        super().__init__()
+        self.logits = logits
+        self.output_is_log_prob = output_is_log_prob
+        self.seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, SimpleNamespace]:
+        """The logits and a cache, as an x-transformers network gives with `return_intermediates`."""
+        self.seen.append((x, kwargs))
+        return self.logits, SimpleNamespace()
+
+
+class Unreachable(Stub):
+    """A network that must not run."""
+
+    def __init__(self) -> None:
+        """It has one parameter, so that it knows a device and a dtype."""
+        super().__init__(torch.zeros(1))
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, SimpleNamespace]:
+        """Never."""
+        raise AssertionError('the network ran')
+
+
+class Batch(dict[str, Any]):
+    """Keyword arguments of `AutoregressiveWrapper.forward`, drawn at random."""
+
+    def without(self, *names: str) -> dict[str, Any]:
+        """All arguments but these."""
+        return {k: v for k, v in self.items() if k not in names}
+
+
+def random_batch(seed: int, b: int, n: int, vocab: int, using: set[str], ignore_index: int = -100) -> Batch:
+    """Token ids (b, n) with the masks that `using` names: ignore, lens, mask, loss_mask, loss_weight, row_weight."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def flags(p: float) -> Tensor:
+        return torch.rand(b, n, generator=draw) < p
+
+    batch = Batch(x=torch.randint(0, vocab, (b, n), generator=draw))
+    if 'ignore' in using:
+        batch['x'] = batch['x'].masked_fill(flags(0.2), ignore_index)
+    if 'lens' in using:
+        batch['lens'] = torch.randint(0, n + 1, (b,), generator=draw)
+    if 'mask' in using:
+        batch['mask'] = flags(0.8)
+    if 'loss_mask' in using:
+        batch['loss_mask'] = flags(0.7)
+    if 'loss_weight' in using:
+        batch['loss_weight'] = torch.randn(b, n, generator=draw, dtype=torch.float64)
+    if 'row_weight' in using:
+        batch['loss_weight'] = torch.randn(b, generator=draw, dtype=torch.float64)
+    return batch
+
+
+def gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    """The gradient of each parameter that the loss reaches."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def assert_same_gradients(
+    got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, floor: float = 0.0
+) -> None:
+    """max|Δ| / max|g| of each parameter is within `tolerance`; a parameter that one side lacks has a gradient of 0.
+
+    Where a parameter's whole gradient may vanish and leave rounding alone, `floor` puts a lower bound to its scale, as
+    a part of the largest gradient of all parameters.
+    """
+    lower = floor * max((g.abs().max().item() for g in want.values()), default=0.0)
+    for name in got.keys() | want.keys():
+        a, g = got.get(name), want.get(name)
+        a = torch.zeros_like(g) if a is None else a
+        g = torch.zeros_like(a) if g is None else g
+        scale, off = max(g.abs().max().item(), lower), (a - g).abs().max().item()
+        assert off <= tolerance * scale, f'{name}: {off:.1e} off at a scale of {scale:.1e}'
+
+
+def run(wrapper: nn.Module, call: dict[str, Any]) -> Any:
+    """One forward, from the same state of every random number generator."""
+    random.seed(5)
+    torch.manual_seed(5)
+    return wrapper(**call)
+
+
+def assert_same(
+    ours: nn.Module, theirs: nn.Module, call: dict[str, Any], tolerance: float = 1e-5, floor: float = 0.0
+) -> None:
+    """Both wrappers give the same loss, and gradients to the same parameters, to the contract's tolerance."""
+    got, want = run(ours, call), run(theirs, call)
+    assert abs(got.item() - want.item()) <= tolerance * abs(want.item())
+    grads, wanted = gradients(got, ours), gradients(want, theirs)
+    assert grads.keys() == wanted.keys()
+    assert_same_gradients(grads, wanted, tolerance, floor)

@@ -1,0 +1,88 @@
+"""examples/bench_loss.py runs, compares like with like, and reads peak memory rightly."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / 'examples'
+TINY: dict[str, Any] = {'tokens': 64, 'dim': 32, 'vocab': 100, 'depth': 1, 'rounds': 1, 'seconds': 0.0, 'threads': 1}
+
+
+@pytest.fixture(scope='module')
+def bench() -> ModuleType:
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import bench_loss
+
+        return bench_loss
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def test_peers_agree(bench: ModuleType) -> None:
+    """All but the bare products, and upstream, which has one target less a row, give one loss and one gradient."""
+    import bench_peers
+
+    for uncounted in (0.0, 0.75):
+        p = bench_peers.problem(bench.Shape(64, 32, 100, uncounted))
+        peers = {name: peer for name, peer in bench.HEADS.items() if name not in (bench.PRODUCTS, bench.UPSTREAM)}
+        assert len(peers) >= 3
+        found = [(loss := peer(p), *torch.autograd.grad(loss, [p.embed, p.head])) for peer in peers.values()]
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-7)
+        usual = bench.HEADS[bench.UPSTREAM](p._replace(rows=1))
+        assert usual.item() == pytest.approx(found[0][0].item(), rel=0.1)
+
+
+def test_one_shape(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(bench.Config(**TINY, uncounted=0.5, memory=False, out=tmp_path)) == 0
+    out = capsys.readouterr().out
+    for peer in (*bench.HEADS, bench.STEP_UPSTREAM, bench.STEP_OURS):
+        assert f'| {peer} |' in out
+    assert (tmp_path / 'bench_loss.png').stat().st_size > 10_000
+
+
+def test_suite(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = bench.suite_shapes(bench.Shape(1, 1, 1))
+    assert [(s.tokens, s.dim, s.vocab, s.uncounted, s.rows, s.depth) for s in shapes] == [
+        (4096, 512, 32768, 0.0, 8, 4),
+        (2048, 768, 50257, 0.0, 8, 4),
+        (4096, 512, 32768, 0.75, 8, 4),
+        (8192, 512, 32768, 0.0, 8, 4),
+        (4096, 256, 32768, 0.0, 8, 4),
+        (4096, 256, 32768, 0.75, 8, 4),
+        (2048, 512, 256, 0.0, 4, 6),
+    ]
+    small = [s._replace(tokens=s.tokens // 64, dim=32, vocab=100 + i, depth=1) for i, s in enumerate(shapes)]
+    monkeypatch.setattr(bench, 'measure_memory', lambda runs, threads: {run: 10**6 + run[1].tokens for run in runs})
+    comparisons, rows = bench.suite(bench.Config(**TINY), bench.SuiteShapes(*small))
+    assert len(comparisons) == 2
+    assert [row.at_most for row in rows] == [1.1, 0.5, 0.75, 1.1, 0.5, 0.75, 0.1, 0.16, 0.3, 0.5, 0.3, 1.03, 2.1, 1.1]
+    assert all(row.measured is not None and row.measured > 0 for row in rows if 'F.linear' not in row.what)
+    table = bench.suite_table(rows)
+    assert table.count('\n') == len(rows) + 1
+    assert '| over |' in table
+    bench.draw(comparisons, tmp_path / 'runs' / 'bench_loss.png')
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='peak memory is measured on Linux only')
+def test_memory_in_a_process_of_its_own(bench: ModuleType) -> None:
+    shape = bench.Shape(2048, 16, 8192)
+    logits = 4 * shape.tokens * shape.vocab
+    memory = bench.measure_memory([(bench.PRODUCTS, shape)], threads=1)
+    assert logits <= memory[bench.PRODUCTS, shape] <= 1.5 * logits
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [({'uncounted': 1.0}, '--uncounted must be in'), ({'vocab': 0}, '--vocab must be at least 1, got 0')],
+)
+def test_bad_options(
+    bench: ModuleType, options: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(bench.Config(**TINY | options)) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,471 @@
+"""ContinuousAutoregressiveWrapper: upstream's loss where that is right, the equation where it is wrong."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import assert_same_gradients, gradients
+from oracle_continuous import differentiable_frames, expected_frames
+from torch import Tensor, nn
+from x_transformers import ContinuousAutoregressiveWrapper as Upstream
+from x_transformers import ContinuousTransformerWrapper, Decoder
+
+from xtloss import ContinuousAutoregressiveWrapper
+
+B, N, D = 3, 8, 5
+NAN = float('nan')
+WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
+KINDS: dict[str, dict[str, Any]] = {
+    'squared': {},
+    'absolute': {'use_l1_loss': True},
+    'gaussian': {},
+}
+EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
+LENS = torch.tensor([8, 3, 5])
+REAL = torch.arange(N) < LENS[:, None]
+
+
+def network(*, probabilistic: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """A network of one layer; the same arguments give the same parameters. `layers_` options go to the decoder."""
+    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
+    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
+    options = {k: v for k, v in options.items() if not k.startswith('layers_')}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ContinuousTransformerWrapper(
+            dim_in=D,
+            dim_out=D,
+            max_seq_len=32,
+            probabilistic=probabilistic,
+            attn_layers=Decoder(dim=16, **layers),
+            **options,
+        ).to(dtype)
+
+
+def frames(b: int = B, n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(b, n, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+class Stub(nn.Module):
+    """A network whose answer is the tensor it was given. It keeps what it was called with."""
+
+    max_seq_len, can_cache_kv = 64, False
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self.out, self.probabilistic = out, out.ndim == 4
+        self.seen: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        self.seen.append((x, kwargs))
+        return self.out
+
+
+class Unreachable(Stub):
+    """A network that must not run."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(1, 1, 1))
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        raise AssertionError('the network ran')
+
+
+def smooth(pred: Tensor, target: Tensor) -> Tensor:
+    return F.smooth_l1_loss(pred, target, reduction='none')
+
+
+def cosine(pred: Tensor, target: Tensor) -> Tensor:
+    """One number a frame, (b, n-1)."""
+    return 1 - F.cosine_similarity(pred, target, dim=-1)
+
+
+PARITY: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
+    'squared': ({}, ()),
+    'absolute': ({}, (None, True)),
+    'gaussian': ({'probabilistic': True}, ()),
+    'smooth': ({}, (smooth,)),
+    'a number a frame': ({}, (cosine,)),
+    'one number': ({}, (nn.MSELoss(),)),
+    'a number a row': ({}, (lambda pred, target: (pred - target).square().mean(dim=(1, 2)),)),
+    'weigh sequences': ({}, (None, False, True)),
+    'memory tokens': ({'num_memory_tokens': 2}, ()),
+    'rotary, flash': ({'layers_rotary_pos_emb': True, 'layers_attn_flash': True, 'use_abs_pos_emb': False}, ()),
+}
+
+
+@pytest.mark.parametrize('case', PARITY)
+def test_equals_upstream_where_nothing_is_masked(case: str) -> None:
+    options, args = PARITY[case]
+    theirs, ours = Upstream(network(**options), *args), ContinuousAutoregressiveWrapper(network(**options), *args)
+    x = frames()
+    want, got = theirs(x), ours(x)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_the_gradient_of_the_frames_is_upstreams() -> None:
+    x, y = frames().requires_grad_(), frames().requires_grad_()
+    (want,) = torch.autograd.grad(Upstream(network())(x), x)
+    (got,) = torch.autograd.grad(ContinuousAutoregressiveWrapper(network())(y), y)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_generate_is_inherited() -> None:
+    start = frames()[0, :2]
+    got = ContinuousAutoregressiveWrapper(network()).generate(start, 4)
+    torch.testing.assert_close(got, Upstream(network()).generate(start, 4))
+
+
+@pytest.mark.parametrize('steps', [2, 3])
+def test_a_rollout_is_upstreams(steps: int) -> None:
+    losses = []
+    for cls in (Upstream, ContinuousAutoregressiveWrapper):
+        torch.manual_seed(3)
+        losses.append(cls(network())(frames(), steps).item())
+    assert losses[0] == losses[1]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    b=st.integers(1, 4),
+    n=st.integers(1, 7),
+    kind=st.sampled_from(sorted(KINDS)),
+    using=st.sets(st.sampled_from(['lens', 'mask', 'loss_mask', 'seq_start_pos', 'loss_weight', 'row_weight'])),
+    weighting=st.sampled_from(WEIGHTINGS),
+    normalizer=st.sampled_from([None, 2.5]),
+)
+def test_the_equation(
+    seed: int, b: int, n: int, kind: str, using: set[str], weighting: str | float, normalizer: float | None
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(b, n, D, generator=draw, dtype=torch.float64)
+    out = torch.randn(b, max(n - 1, 1), D, generator=draw, dtype=torch.float64)
+    if kind == 'gaussian':
+        out = torch.stack((out, torch.rand(out.shape, generator=draw, dtype=torch.float64) + 0.1))
+    drawn = {
+        'lens': torch.randint(0, n + 1, (b,), generator=draw),
+        'mask': torch.rand(b, n, generator=draw) < 0.8,
+        'loss_mask': torch.rand(b, n, generator=draw) < 0.7,
+        'seq_start_pos': torch.randint(0, n, (b,), generator=draw),
+    }
+    call: dict[str, Any] = {name: value for name, value in drawn.items() if name in using}
+    counting = dict(call)
+    if {'loss_weight', 'row_weight'} & using:
+        shape = (b,) if 'row_weight' in using else (b, n)
+        call['loss_weight'] = torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    want = expected_frames(out, x, kind, weighting=weighting, normalizer=normalizer, **call)
+    out.requires_grad_()
+    wrapper = ContinuousAutoregressiveWrapper(Stub(out), **KINDS[kind], loss_weighting=weighting)
+    loss, parts = wrapper(x, normalizer=normalizer, return_breakdown=True, **call)
+
+    assert loss.item() == pytest.approx(want.loss, rel=1e-9, abs=1e-12)
+    got = ((parts.token_loss * parts.weight).sum() / parts.normalizer + parts.auxiliary).item()
+    assert loss.item() == pytest.approx(got if parts.normalizer else 0, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(parts.weight, torch.tensor(want.weight, dtype=torch.float64).reshape(b, n - 1))
+    torch.testing.assert_close(parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64).reshape(b, n - 1))
+    assert parts.normalizer.item() == pytest.approx(want.normalizer, rel=1e-9)
+    if normalizer is None:
+        assert wrapper.loss_normalizer(x, **counting).item() == pytest.approx(want.normalizer, rel=1e-6)
+
+    (grad,) = torch.autograd.grad(loss, out)
+    (grad_want,) = torch.autograd.grad(differentiable_frames(out, x, want, kind) + 0 * out.sum(), out)
+    torch.testing.assert_close(grad, grad_want, rtol=1e-9, atol=1e-12)
+
+
+def test_four_frames_by_hand() -> None:
+    """Errors 1, 2, 3 · 4 with shares ¼ ¼ ¼ · ¼ and ⅙ ⅙ ⅙ · ½ and ⅙ ⅙ ⅙ · ⅙."""
+    out = torch.zeros(2, 3, 2)
+    x = torch.tensor([[9.0, 1, 2, 3], [9.0, 4, 7, 7]])[..., None].expand(2, 4, 2)
+    lens = torch.tensor([4, 2])
+    for weighting, want in {'token': 10 / 4, 'sequence': 6 / 6 + 4 / 2, 'padded': 10 / 6, 'sequence_sum': 5}.items():
+        wrapper = ContinuousAutoregressiveWrapper(Stub(out), use_l1_loss=True, loss_weighting=weighting)
+        assert wrapper(x, lens=lens).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_padding_is_no_target() -> None:
+    """Upstream masks the inputs, so the last real frame predicts the first frame of padding."""
+    x, nets = frames(), (network(), network())
+    shifted = x.clone()
+    shifted[1, 3] += 100  # the first frame of padding of a row of three
+    theirs, ours = Upstream(nets[0]), ContinuousAutoregressiveWrapper(nets[1])
+    assert theirs(x, lens=LENS).item() < 5
+    assert theirs(shifted, lens=LENS).item() > 500
+    assert ours(shifted, lens=LENS).item() == ours(x, lens=LENS).item()
+
+    out = nets[1](x[:, :-1])  # causal: what padding holds does not reach a real frame
+    want = expected_frames(out, x, 'squared', lens=LENS)
+    assert ours(shifted, lens=LENS).item() == pytest.approx(want.loss, rel=1e-5)
+    inputs_masked = torch.tensor(
+        [
+            [value if i < length else 0 for i, value in enumerate(row)]
+            for row, length in zip(expected_frames(out, x, 'squared').token_loss, LENS.tolist(), strict=True)
+        ]
+    )
+    assert theirs(x, lens=LENS).item() == pytest.approx(inputs_masked.sum().item() / (7 + 3 + 5), rel=1e-5)
+
+
+def test_equal_weights_average_over_features() -> None:
+    """Upstream sums over features: on a full mask, where it should equal its own mean, it is d times as much."""
+    x = frames()
+    theirs = Upstream(network(), equal_loss_weight_batch=True)
+    ours = ContinuousAutoregressiveWrapper(network(), equal_loss_weight_batch=True)
+    want = expected_frames(network()(x[:, :-1]), x, 'squared', weighting='sequence').loss
+    full = torch.ones(B, N, dtype=torch.bool)
+    assert ours(x, mask=full).item() == pytest.approx(want, rel=1e-5)
+    assert theirs(x, mask=full).item() == pytest.approx(D * want, rel=1e-5)
+    assert theirs(x).item() == pytest.approx(want, rel=1e-5)
+
+
+def padded_left(x: Tensor) -> Tensor:
+    """Each row's real frames moved to its end."""
+    return torch.stack([row.roll(int(N - length), dims=0) for row, length in zip(x, LENS, strict=True)])
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('probabilistic', [False, True])
+def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: bool) -> None:
+    x, shares = frames(dtype=torch.float64), torch.rand(B, N, dtype=torch.float64)
+    flags = torch.rand(B, N) < 0.8
+    options = {'dtype': torch.float64, 'probabilistic': probabilistic} | EXACT
+    absolute, relative = network(**options), network(**options, use_abs_pos_emb=False, layers_rotary_pos_emb=True)
+    order = torch.tensor([2, 0, 1])
+
+    def run(net: nn.Module, *calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
+        total = sum(wrapper.loss_normalizer(**{k: v for k, v in call.items() if k != 'loss_weight'}) for call in calls)
+        net.zero_grad()
+        loss = 0.0
+        for call in calls:
+            part = wrapper(**call, normalizer=total)
+            part.backward()
+            loss += part.item()
+        return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    right = {'x': x, 'lens': LENS, 'loss_mask': flags, 'loss_weight': shares}
+    left = {'x': padded_left(x), 'loss_mask': padded_left(flags), 'loss_weight': padded_left(shares)}
+    layouts = [
+        (relative, [{k: v[order] for k, v in right.items()}]),
+        (relative, [{k: v[i : i + 1] for k, v in right.items()} for i in range(B)]),
+        (relative, [{k: v for k, v in right.items() if k != 'lens'} | {'mask': REAL}]),
+        (relative, [left | {'mask': padded_left(REAL)}]),
+        (absolute, [left | {'seq_start_pos': N - LENS}]),
+    ]
+    if weighting != 'padded':
+        more = {k: F.pad(v, (0, 0, 0, 4) if v.ndim == 3 else (0, 4)) for k, v in right.items() if k != 'lens'}
+        layouts.append((absolute, [more | {'lens': LENS}]))
+    for net, calls in layouts:
+        (loss, grads), (want, want_grads) = run(net, *calls), run(net, right)
+        assert loss == pytest.approx(want, rel=1e-9)
+        # keys shifted alike cancel in attention, so what is left of an absolute embedding's gradient may be rounding
+        assert_same_gradients(grads, want_grads, 1e-9, floor=1e-3)
+
+
+@pytest.mark.parametrize('padding', ['lens', 'mask', 'left mask', 'seq_start_pos'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'probabilistic': True}, {'layers_attn_flash': True}, {'num_memory_tokens': 2}],
+    ids=['plain', 'gaussian', 'flash', 'memory tokens'],
+)
+def test_nan_under_padding_reaches_nothing(options: dict[str, Any], padding: str) -> None:
+    x, real = frames(), REAL
+    call: dict[str, Any] = {'lens': LENS} if padding == 'lens' else {'mask': REAL}
+    if padding in ('left mask', 'seq_start_pos'):
+        x, real = padded_left(x), padded_left(REAL)
+        call = {'mask': real} if padding == 'left mask' else {'seq_start_pos': N - LENS}
+    call['loss_weight'] = torch.where(real, 0.5, NAN)
+    wrapper = ContinuousAutoregressiveWrapper(network(**options), equal_loss_weight_batch=True)
+    want = wrapper(x, **call)
+    want_grads = gradients(want, wrapper)
+    for junk in (NAN, torch.inf, 1e30):
+        got = wrapper(x.masked_fill(~real[..., None], junk), **call)
+        assert got.item() == want.item()
+        assert_same_gradients(gradients(got, wrapper), want_grads, 1e-6)
+
+
+def test_nan_outputs_where_nothing_counts() -> None:
+    x, out = frames(), torch.randn(2, B, N - 1, D).exp()
+    loss_mask = torch.rand(B, N) < 0.6
+    holes = out.masked_fill(~loss_mask[:, 1:, None], NAN)
+    for given_out, kind in ((holes, 'gaussian'), (holes[0], 'squared')):
+        given_out.requires_grad_()
+        loss = ContinuousAutoregressiveWrapper(Stub(given_out))(x, loss_mask=loss_mask)
+        want = expected_frames(given_out.detach().nan_to_num(1), x, kind, loss_mask=loss_mask)
+        assert loss.item() == pytest.approx(want.loss, rel=1e-5)
+        (grad,) = torch.autograd.grad(loss, given_out)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize('argument', ['mask', 'seq_start_pos', 'lens'])
+def test_a_key_mask_does_not_displace_the_mask(argument: str) -> None:
+    """The network drops `mask` when it is given `self_attn_kv_mask`, and never masks by `seq_start_pos`."""
+    x, real = padded_left(frames()), padded_left(REAL)
+    call: dict[str, Any] = {'mask': real} if argument == 'mask' else {'seq_start_pos': N - LENS}
+    if argument == 'lens':
+        x, real, call = frames(), REAL, {'lens': LENS}
+    net = network(num_memory_tokens=2, layers_depth=2)
+    net.project_in.register_forward_hook(lambda _, args, out: out.masked_fill(~real[:, :-1, None], junk))
+    wrapper = ContinuousAutoregressiveWrapper(net)
+    seen = []
+    for junk in (0.0, 3.0):  # noqa: B007, the hook reads it
+        seen.append(wrapper(x, self_attn_kv_mask=torch.ones(B, N - 1).bool(), **call).item())
+    assert seen[0] == pytest.approx(seen[1], rel=1e-6)
+
+
+def test_what_the_network_gets() -> None:
+    stub = Stub(torch.zeros(B, N - 1, D))
+    wrapper, x = ContinuousAutoregressiveWrapper(stub), frames()
+    wrapper(x, loss_mask=REAL)
+    wrapper(x, lens=LENS)
+    wrapper(x, mask=REAL, sum_embeds=None)
+    (plain, nothing), (by_lens, lens_mask), (by_mask, mask) = stub.seen
+    assert torch.equal(plain, x[:, :-1])
+    assert not nothing
+    assert torch.equal(by_lens, by_mask)
+    assert not by_lens[~REAL[:, :-1]].any()
+    assert torch.equal(lens_mask['mask'], REAL[:, :-1])
+    assert torch.equal(mask['mask'], REAL[:, :-1])
+    assert 'sum_embeds' in mask
+
+
+NOTHING: dict[str, dict[str, Any]] = {
+    'one frame': {'x': frames(n=1)},
+    'no rows': {'x': frames()[:0]},
+    'no length': {'x': frames(), 'lens': torch.zeros(B).long()},
+    'all masked': {'x': frames(), 'mask': torch.zeros(B, N).bool()},
+    'no loss': {'x': frames(), 'loss_mask': torch.zeros(B, N).bool(), 'loss_weight': torch.full((B, N), NAN)},
+    'late start': {'x': frames(), 'seq_start_pos': torch.full((B,), 7)},
+}
+
+
+@pytest.mark.parametrize('nothing', NOTHING)
+@pytest.mark.parametrize('weighting', ['token', 'sequence', 'padded'])
+def test_nothing_counted(nothing: str, weighting: str) -> None:
+    wrapper = ContinuousAutoregressiveWrapper(network(probabilistic=True), loss_weighting=weighting)
+    usual = gradients(wrapper(frames()), wrapper).keys()
+    loss, parts = wrapper(**NOTHING[nothing], return_breakdown=True)
+    assert loss.item() == 0
+    assert not parts.token_loss.any()
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for name, p in wrapper.named_parameters() if name in usual)
+    if weighting != 'padded':
+        assert wrapper.loss_normalizer(**NOTHING[nothing]).item() == 0
+
+
+def test_one_number_of_one_frame() -> None:
+    wrapper = ContinuousAutoregressiveWrapper(network(), nn.MSELoss())
+    loss = wrapper(frames(n=1))
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in wrapper.parameters() if p.grad is not None)
+
+
+REDUCED = r'loss_fn must return \(3, 7, 5\) or \(3, 7\) where there are masks or weights, got \(\)'
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        {'lens': LENS},
+        {'mask': REAL},
+        {'loss_mask': REAL},
+        {'loss_weight': torch.ones(B)},
+        {'seq_start_pos': torch.zeros(B).long()},
+        {'normalizer': 1.0},
+        {'return_breakdown': True},
+    ],
+    ids=lambda call: next(iter(call)),
+)
+def test_a_reduced_loss_cannot_be_weighted(call: dict[str, Any]) -> None:
+    wrapper = ContinuousAutoregressiveWrapper(network(), nn.MSELoss())
+    with pytest.raises(ValueError, match=f'^{REDUCED}$'):
+        wrapper(frames(), **call)
+
+
+def test_a_reduced_loss_has_no_weighting() -> None:
+    with pytest.raises(ValueError, match=f'^{REDUCED}$'):
+        ContinuousAutoregressiveWrapper(network(), nn.MSELoss(), loss_weighting='sequence_sum')(frames())
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({'x': torch.zeros(B, N, D).long()}, TypeError, 'x must be floating point, got int64'),
+    ({'x': torch.zeros(B, N)}, ValueError, r'x must have shape \(b, n, d\) with n >= 1, got \(3, 8\)'),
+    ({'lens': LENS.float()}, TypeError, 'lens must be integer, got float32'),
+    ({'mask': REAL.long()}, TypeError, 'mask must be bool, got int64'),
+    ({'mask': REAL[:, :-1]}, ValueError, r'mask must have shape \(3, 8\) like x, got \(3, 7\): .*inputs.*'),
+    ({'loss_mask': REAL[:, 1:]}, ValueError, r'loss_mask must have shape \(3, 8\) like x, got \(3, 7\)'),
+    ({'loss_mask': REAL.float(), 'mask': REAL[0]}, TypeError, 'loss_mask must be bool, got float32'),
+    ({'loss_weight': LENS}, TypeError, 'loss_weight must be floating point, got int64'),
+    ({'normalizer': 0.0}, ValueError, 'normalizer must be > 0 and finite, got 0.0'),
+    ({'rollout_steps': 2.0}, TypeError, 'rollout_steps must be int, got float'),
+    ({'rollout_steps': 0}, ValueError, 'rollout_steps must be >= 1, got 0'),
+    ({'prepend_embeds': torch.zeros(B, 1, 16)}, ValueError, 'prepend_embeds cannot be given here: .*'),
+    ({'segment_ids': REAL.long()}, ValueError, 'segment_ids cannot be given here: .*'),
+    *(
+        ({'rollout_steps': 2} | call, ValueError, 'rollout_steps must be 1 where there are masks or weights, got 2')
+        for call in (
+            {'lens': LENS},
+            {'mask': REAL},
+            {'loss_mask': REAL},
+            {'loss_weight': torch.ones(B)},
+            {'normalizer': 1.0},
+            {'return_breakdown': True},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ('call', 'error', 'message'), BAD, ids=[f'{message}, {list(call)}' for call, _, message in BAD]
+)
+def test_bad_input(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f'^{message}$'):
+        ContinuousAutoregressiveWrapper(Unreachable())(**{'x': frames()} | call)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match='loss_weighting must be one of'):
+        ContinuousAutoregressiveWrapper(Unreachable(), loss_weighting='tokens')
+    with pytest.raises(ValueError, match='equal_loss_weight_batch'):
+        ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True, loss_weighting='token')
+    with pytest.raises(TypeError, match='equal_loss_weight_batch must be bool, got int'):
+        ContinuousAutoregressiveWrapper(Unreachable(), None, False, 1)
+    weighted = ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True)
+    with pytest.raises(ValueError, match='rollout_steps must be 1'):
+        weighted(frames(), 2)
+    with pytest.raises(ValueError, match='rollout_steps must be 1'):
+        weighted.loss_normalizer(frames(), rollout_steps=2)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_losses_are_made_in_float32_or_wider(dtype: torch.dtype) -> None:
+    x, out = frames(), torch.randn(2, B, N - 1, D).exp().to(dtype)
+    for answer, kind in ((out, 'gaussian'), (out[0], 'squared')):
+        wrapper = ContinuousAutoregressiveWrapper(Stub(answer))
+        loss, parts = wrapper(x.to(dtype), lens=LENS, return_breakdown=True)
+        assert {loss.dtype, *(part.dtype for part in parts)} == {torch.promote_types(dtype, torch.float32)}
+        assert loss.item() == pytest.approx(expected_frames(answer, x.to(dtype), kind, lens=LENS).loss, rel=1e-5)
+    assert ContinuousAutoregressiveWrapper(network().to(dtype)).loss_normalizer(x.to(dtype)).dtype == loss.dtype
+
+
+def test_nothing_handed_in_is_changed() -> None:
+    call = {'x': frames(), 'lens': LENS, 'mask': REAL, 'loss_mask': REAL, 'loss_weight': torch.rand(B, N)}
+    before = copy.deepcopy(call)
+    ContinuousAutoregressiveWrapper(network())(**call).backward()
+    assert all(torch.equal(value, before[name]) for name, value in call.items())
+
+
+def test_xtransformers_readme() -> None:
+    """The way x-transformers' README uses the wrapper, in small."""
+    net = ContinuousTransformerWrapper(
+        dim_in=7, dim_out=7, max_seq_len=24, attn_layers=Decoder(dim=16, depth=2, heads=2, verbose=False)
+    )
+    model = ContinuousAutoregressiveWrapper(net)
+    model(torch.randn(1, 24, 7), mask=torch.ones(1, 24).bool()).backward()
+    assert model.generate(torch.randn(1, 7), 5).shape == (5, 7)

@@ -1,0 +1,145 @@
+"""One loss, however the sequences are batched: padded on either side, by any amount, in any order, in micro-batches."""
+
+import random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import assert_same_gradients, decoder, gradients
+from torch import Tensor
+
+from xtloss import AutoregressiveWrapper
+
+VOCAB = 11
+WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
+EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
+ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
+NETWORKS: dict[str, tuple[dict[str, Any], str]] = {  # options, and what pads it on the left
+    'absolute': ({'layers_depth': 2}, 'seq_start_pos'),
+    'rotary': (ROTARY, 'mask'),
+    'tied': (ROTARY | {'tie_embedding': True}, 'mask'),
+    'flash': (ROTARY | {'layers_attn_flash': True}, 'mask'),
+    'alibi': ({'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False}, 'mask'),
+    'mixture of softmax': (ROTARY | {'mixture_of_softmax': True}, 'mask'),
+    'continuous head': (ROTARY | {'add_continuous_pred_head': True}, 'mask'),
+    'looped': (ROTARY | {'looped': True, 'layers_pre_and_post_norm': True}, 'mask'),
+}
+
+
+class Sequence(NamedTuple):
+    """One sequence: token ids, which of them are targets, and what each weighs; all (length,)."""
+
+    x: Tensor
+    loss_mask: Tensor
+    loss_weight: Tensor
+
+
+def draw_sequences(seed: int, count: int) -> list[Sequence]:
+    made = []
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        length = int(torch.randint(1, 9, (), generator=draw))
+        ids = torch.randint(0, VOCAB, (length,), generator=draw)
+        weight = torch.randn(length, generator=draw, dtype=torch.float64)
+        made.append(Sequence(ids, torch.rand(length, generator=draw) < 0.7, weight))
+    return made
+
+
+def padded(sequences: list[Sequence], width: int, by: str, left: bool = False) -> dict[str, Tensor]:
+    """The call for these sequences as rows of `width`, the padding told to the wrapper `by` one of its arguments."""
+    fill = Sequence(torch.tensor(3), torch.tensor(True), torch.tensor(7.0, dtype=torch.float64))
+    call = {}
+    for name, value in fill._asdict().items():
+        call[name] = value.repeat(len(sequences), width)
+        for row, sequence in enumerate(sequences):
+            here = getattr(sequence, name)
+            call[name][row, slice(width - len(here), None) if left else slice(len(here))] = here
+
+    lens = torch.tensor([len(sequence.x) for sequence in sequences], dtype=torch.long)
+    start = width - lens if left else torch.zeros_like(lens)
+    real = (torch.arange(width) >= start[:, None]) & (torch.arange(width) < (start + lens)[:, None])
+    told = {'lens': lens, 'mask': real, 'seq_start_pos': start}
+    if by == 'ignore_index':
+        call['x'] = call['x'].masked_fill(~real, -100)
+        return call
+    return call | {by: told[by]}
+
+
+def total(wrapper: AutoregressiveWrapper, *calls: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the calls together; with several, as micro-batches over their common normalizer."""
+    if len(calls) > 1:
+        z = sum(wrapper.loss_normalizer(**call) for call in calls)
+        loss = sum(wrapper(**call, normalizer=z) for call in calls)
+    else:
+        loss = wrapper(**calls[0])
+    return loss.item(), gradients(loss, wrapper)
+
+
+@pytest.mark.parametrize('fused', ['auto', False], ids=['auto', 'not fused'])
+@pytest.mark.parametrize('name', NETWORKS)
+@settings(max_examples=6)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 5),
+    weighting=st.one_of(st.sampled_from(WEIGHTINGS), st.floats(0, 1)),
+)
+def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count: int, weighting: str | float) -> None:
+    options, left_by = NETWORKS[name]
+    wrapper = AutoregressiveWrapper(
+        decoder(num_tokens=VOCAB, dtype=torch.float64, **EXACT, **options), loss_weighting=weighting, fused=fused
+    )
+    sequences, choose = draw_sequences(seed, count), random.Random(seed)
+    longest = max(len(sequence.x) for sequence in sequences)
+
+    def width(of: list[Sequence]) -> int:  # 'padded' counts the padding: it keeps the promise for one padded size
+        return 12 if weighting == 'padded' else max(len(sequence.x) for sequence in of) + choose.randrange(4)
+
+    shuffled = choose.sample(sequences, count)
+    cuts = sorted(choose.sample(range(1, count), choose.randrange(count))) if count > 1 else []
+    parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
+    layouts = {
+        'right, by lens': [padded(sequences, width(sequences), 'lens')],
+        'right, by mask': [padded(sequences, width(sequences), 'mask')],
+        'right, by ignore_index': [padded(sequences, width(sequences), 'ignore_index')],
+        'left': [padded(sequences, width(sequences), left_by, left=True)],
+        'another order': [padded(shuffled, width(shuffled), 'lens')],
+        'micro-batches': [padded(part, width(part), 'lens') for part in parts],
+        'micro-batches, left': [padded(part, width(part), left_by, left=True) for part in parts],
+        'row by row': [padded([sequence], width([sequence]), 'mask') for sequence in sequences],
+        'with an empty one': [padded(sequences, width(sequences), 'lens'), padded([], longest, 'lens')],
+    }
+
+    want, wanted = total(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
+    for layout, calls in layouts.items():
+        got, grads = total(wrapper, *calls)
+        assert got == pytest.approx(want, rel=1e-9, abs=1e-9), layout
+        assert_same_gradients(grads, wanted, 1e-9, floor=1e-4)
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('name', ['absolute', 'rotary', 'looped'])
+def test_single_precision(name: str, weighting: str | float) -> None:
+    options, left_by = NETWORKS[name]
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), loss_weighting=weighting)
+    sequences = draw_sequences(11, 6)
+    want, wanted = total(wrapper, padded(sequences, 12, 'lens'))
+    tolerance = 1e-4 if name == 'looped' else 1e-5
+    for calls in (
+        [padded(sequences, 12, left_by, left=True)],
+        [padded(sequences[:2], 12, 'mask'), padded(sequences[2:], 12, left_by, left=True)],
+    ):
+        got, grads = total(wrapper, *calls)
+        assert got == pytest.approx(want, rel=tolerance)
+        assert_same_gradients(grads, wanted, tolerance)
+
+
+def test_a_mean_of_means_would_not_pass() -> None:
+    """The normalizer is what keeps the promise: without it the same micro-batches give another loss."""
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, dtype=torch.float64, **EXACT))
+    parts = [padded(part, 9, 'lens') for part in (draw_sequences(1, 1), draw_sequences(2, 4))]
+    whole, _ = total(wrapper, padded(draw_sequences(1, 1) + draw_sequences(2, 4), 9, 'lens'))
+    means = sum(wrapper(**part).item() for part in parts) / 2
+    assert abs(means - whole) > 1e-3
+    assert total(wrapper, *parts)[0] == pytest.approx(whole, rel=1e-9)

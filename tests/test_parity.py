@@ -1,0 +1,218 @@
+"""The parity grid: with default options the loss and every gradient are those of x-transformers' own wrapper."""
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+import x_transformers
+from networks import ScaledLinear, assert_same, assert_same_gradients, decoder, gradients, run
+from torch import Tensor, nn
+from x_transformers import TransformerWrapper
+
+import xtloss
+
+B, N, VOCAB, DIM = 3, 12, 11, 16
+INSTALLED = version('x-transformers')
+X = torch.randint(0, VOCAB, (B, N), generator=torch.Generator().manual_seed(0))
+LENS = torch.tensor([12, 7, 1])
+
+
+def ignored(ignore_index: int = -100) -> Tensor:
+    holes = torch.rand(B, N, generator=torch.Generator().manual_seed(1)) < 0.3
+    return X.masked_fill(holes, ignore_index)
+
+
+def embeds(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def deep_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, VOCAB))
+
+
+# name: options of the network, of the wrapper, of the call (where x is not given, it is `X`)
+NETWORKS: dict[str, dict[str, Any]] = {
+    'no positions': {'use_abs_pos_emb': False},
+    'scaled sinusoidal': {'scaled_sinu_pos_emb': True},
+    'rotary': {'layers_rotary_pos_emb': True},
+    'xpos': {'layers_rotary_xpos': True},
+    'alibi': {'layers_alibi_pos_bias': True},
+    'data dependent alibi': {'layers_attn_data_dependent_alibi': True},
+    't5 bias': {'layers_rel_pos_bias': True},
+    'dynamic bias': {'layers_dynamic_pos_bias': True},
+    'polar': {'layers_polar_pos_emb': True},
+    'cope': {'layers_attn_use_cope': True, 'layers_attn_cope_max_pos': 8},
+    'flash': {'layers_attn_flash': True},
+    'mixture of softmax': {'mixture_of_softmax': True},
+    'sigsoftmax': {'sigsoftmax_logits': True},
+    'continuous head': {'add_continuous_pred_head': True},
+    'tied': {'tie_embedding': True},
+    'tied, own scale': {'tie_embedding': True, 'tie_embedding_scale': 0.5},
+    'tied, l2norm': {'tie_embedding': True, 'l2norm_embed': True},
+    'memory tokens': {'num_memory_tokens': 2},
+    'interspersed memory': {'num_memory_tokens': 2, 'memory_tokens_interspersed_every': 4},
+    'l2norm': {'l2norm_embed': True},
+    'emb_dim': {'emb_dim': 8},
+    'recycling': {'recycling': True},
+    'squeeze': {'squeeze_out_last_dim': True},
+    'attention pool': {'attn_pool': True},
+    'deep embed': {'ff_deep_embed': True},
+    'post_emb_norm': {'post_emb_norm': True, 'emb_frac_gradient': 0.1},
+    'dropout': {'emb_dropout': 0.2, 'layers_attn_dropout': 0.1, 'layers_ff_dropout': 0.1, 'layers_depth': 2},
+    'layer dropout': {'layers_layer_dropout': 0.3, 'layers_depth': 3},
+    'shift tokens': {'layers_shift_tokens': 1},
+    'value residual': {'layers_add_value_residual': True, 'layers_depth': 2, 'layers_ff_glu': True},
+    'looped': {'looped': True, 'layers_pre_and_post_norm': True},
+    'linear head': {'to_logits': lambda: nn.Linear(DIM, VOCAB)},
+    'deep head': {'to_logits': deep_head},
+    'scaled linear head': {'to_logits': lambda: ScaledLinear(DIM, VOCAB)},
+}
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    'plain': ({}, {}, {}),
+    'lens': ({}, {}, {'lens': LENS}),
+    'ignored in x': ({}, {}, {'x': ignored()}),
+    'ignored and lens': ({}, {}, {'x': ignored(), 'lens': LENS}),
+    'pad_value': ({}, {'pad_value': 3}, {'x': ignored(), 'lens': LENS}),
+    'pad is a real id': ({}, {'ignore_index': 0, 'pad_value': 0}, {'x': ignored(0)}),
+    'pad is a real id, lens': ({}, {'ignore_index': 4, 'pad_value': 4}, {'lens': LENS}),
+    'ignored -1': ({}, {'ignore_index': -1}, {'x': ignored(-1)}),
+    'prepend_embeds': ({}, {}, {'prepend_embeds': embeds(B, 3, DIM), 'lens': LENS}),
+    'prepend_mask': ({}, {}, {'prepend_embeds': embeds(B, 2, DIM), 'prepend_mask': torch.ones(B, 2).bool()}),
+    'mask_prob': ({}, {'mask_prob': 0.3}, {'lens': LENS}),
+    'z-loss': ({}, {'add_attn_z_loss': True}, {}),
+    'z-loss, weight': ({}, {'add_attn_z_loss': True}, {'attn_z_loss_weight': 0.1, 'lens': LENS}),
+    'cross attention': (
+        {'layers_cross_attend': True},
+        {},
+        {'context': embeds(B, 4, DIM), 'context_mask': torch.arange(4) < torch.tensor([[4], [2], [1]]), 'lens': LENS},
+    ),
+    'attn_mask': ({}, {}, {'attn_mask': torch.rand(N, N, generator=torch.Generator().manual_seed(3)) < 0.8}),
+    'kv mask': ({}, {}, {'self_attn_kv_mask': (torch.arange(N) != 2).expand(B, N)}),
+    'pos': ({}, {}, {'pos': torch.arange(N) + 3}),
+    'sum_embeds': ({}, {}, {'sum_embeds': embeds(B, N, DIM)}),
+    'embed_ids': ({'embed_num_tokens': {'kind': 4}}, {}, {'embed_ids': {'kind': torch.arange(N).expand(B, N) % 4}}),
+    'mems': ({'max_mem_len': 4}, {}, {'mems': [embeds(B, 4, DIM)] * 2, 'return_mems': True}),
+    'entropies': ({}, {}, {'return_logit_entropies': True}),
+    'one row of two tokens': ({}, {}, {'x': torch.tensor([[1, 2]])}),
+    'looped, masked': (NETWORKS['looped'], {'looped_exit_loss_weight': 0.5}, {'x': ignored(), 'lens': LENS}),
+    'looped, slope': (NETWORKS['looped'], {'looped_loss_slope': 5, 'looped_loss_threshold_exit': 0.1}, {}),
+    'looped, two loops': (NETWORKS['looped'] | {'max_looped_steps': 2}, {}, {'lens': LENS}),
+    'looped, tied, z-loss': (NETWORKS['looped'] | {'tie_embedding': True}, {'add_attn_z_loss': True}, {}),
+    'continuous, masked': (NETWORKS['continuous head'], {'next_embed_loss_weight': 0.7}, {'x': ignored()}),
+    'continuous, z-loss': (NETWORKS['continuous head'] | {'tie_embedding': True}, {'add_attn_z_loss': True}, {}),
+    'mixture, masked': (NETWORKS['mixture of softmax'] | {'num_memory_tokens': 2}, {'pad_value': 1}, {'x': ignored()}),
+    'tied, masked': ({'tie_embedding': True, 'num_memory_tokens': 1}, {'mask_prob': 0.0}, {'x': ignored()}),
+    'rotary, mask_prob': ({'layers_rotary_pos_emb': True}, {'mask_prob': 0.5}, {'x': ignored()}),
+    'recycling, lens': ({'recycling': True, 'tie_embedding': True}, {}, {'lens': LENS}),
+    'dropout, lens': (NETWORKS['dropout'], {}, {'lens': LENS}),
+    'emb_dim, l2norm': ({'emb_dim': 8, 'l2norm_embed': True}, {}, {'x': ignored()}),
+}
+GRID = CALLS | {name: (options, {}, {}) for name, options in NETWORKS.items()}
+VANISHING = {'dynamic bias'}  # its gradients are what is left of terms that cancel: rounding, some of them
+
+
+def build(name: str, wrapper: type[nn.Module], **extra: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The wrapper of that grid row around a network of its own, and the arguments of its call."""
+    network, options, call = GRID[name]
+    known = inspect.signature(TransformerWrapper.__init__).parameters
+    layers = inspect.signature(x_transformers.x_transformers.AttentionLayers.__init__).parameters
+    for key in network:
+        own = key.removeprefix('layers_')
+        if key not in known and own not in layers and not own.startswith(('attn_', 'ff_')):
+            pytest.skip(f'x-transformers {INSTALLED} has no {own}')
+    network = {k: v() if k == 'to_logits' else v for k, v in network.items()}
+    torch.manual_seed(3)
+    return wrapper(decoder(**network), **options, **extra), {'x': X} | call
+
+
+@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
+def fused(request: pytest.FixtureRequest) -> str | bool:
+    return request.param
+
+
+@pytest.mark.parametrize('name', GRID)
+def test_loss_and_gradients(name: str, fused: str | bool) -> None:
+    torch.manual_seed(3)
+    ours, call = build(name, xtloss.AutoregressiveWrapper, fused=fused)
+    theirs, _ = build(name, x_transformers.AutoregressiveWrapper)
+    theirs.load_state_dict(ours.state_dict())
+    floor = 1e-2 if name in VANISHING else 0.0
+    assert_same(ours, theirs, call, 1e-4 if 'looped' in name else 1e-5, floor)
+
+
+@pytest.mark.parametrize('name', GRID)
+def test_outputs_and_keys(name: str) -> None:
+    ours, call = build(name, xtloss.AutoregressiveWrapper)
+    theirs, _ = build(name, x_transformers.AutoregressiveWrapper)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(ours.state_dict())
+
+    loss, (logits, cache) = run(ours, call | {'return_outputs': True})
+    loss_theirs, (logits_theirs, cache_theirs) = run(theirs, call | {'return_outputs': True})
+    assert loss.item() == pytest.approx(loss_theirs.item(), rel=1e-4 if 'looped' in name else 1e-5)
+    torch.testing.assert_close(logits, logits_theirs)
+    assert type(cache) is type(cache_theirs)
+    assert {k for k, v in vars(cache).items() if v is not None} == {
+        k for k, v in vars(cache_theirs).items() if v is not None
+    }
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}, NETWORKS['looped'], NETWORKS['mixture of softmax']])
+def test_token_ids_of_any_integer_dtype(dtype: torch.dtype, network: dict[str, Any], fused: str | bool) -> None:
+    net = decoder(**network)
+    theirs, ours = x_transformers.AutoregressiveWrapper(net), xtloss.AutoregressiveWrapper(net, fused=fused)
+    for lens in (None, LENS):
+        got, want = ours(X.to(dtype), lens=lens), theirs(X, lens=lens)
+        assert got.item() == pytest.approx(want.item(), rel=1e-4 if net.looped else 1e-5)
+        assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-4 if net.looped else 1e-5)
+
+
+def test_a_byte_that_wraps_around_to_ignore_index_counts() -> None:
+    net = decoder(num_tokens=256)
+    x = torch.tensor([[7, 156, 156, 30, 156]])  # as uint8, -100 is 156
+    got = xtloss.AutoregressiveWrapper(net)(x.to(torch.uint8))
+    assert got.item() == pytest.approx(x_transformers.AutoregressiveWrapper(net)(x).item(), rel=1e-5)
+
+
+def test_positional_arguments(fused: str | bool) -> None:
+    options = (-1, 2, 0.0, True, 0.3, 0.1, 5, 0.5)
+    ours = xtloss.AutoregressiveWrapper(decoder(), *options, fused=fused)
+    theirs = x_transformers.AutoregressiveWrapper(decoder(), *options)
+    assert {k: v for k, v in vars(theirs).items() if k[0] != '_'}.items() <= vars(ours).items()
+    assert isinstance(ours, x_transformers.AutoregressiveWrapper)
+    for args in ((ignored(-1), False, None, LENS), (X, False, embeds(B, 2, DIM), LENS)):
+        assert run(lambda a=args: ours(*a), {}).item() == pytest.approx(theirs(*args).item(), rel=1e-5)
+    assert len(ours(X, True)) == 2
+
+
+PROMPTS = X[:, :4]
+SAMPLING: dict[str, Callable[[nn.Module], Any]] = {
+    'generate': lambda w: w.generate(PROMPTS, 6),
+    'greedily': lambda w: w.generate(PROMPTS, 6, temperature=0.0, cache_kv=False),
+    'from lengths': lambda w: w.generate(PROMPTS, 6, prompt_lens=torch.tensor([4, 2, 3]), eos_token=2),
+    'top_p': lambda w: w.generate(PROMPTS[0], 6, filter_logits_fn='top_p', return_intermediates=True)[0],
+    'beam_search': lambda w: w.beam_search(PROMPTS[:1], 5, beams=3),
+    'stochastic beam_search': lambda w: w.beam_search(PROMPTS[:1], 5, stochastic=True, return_beams_and_scores=True),
+}
+
+
+@pytest.mark.parametrize('name', SAMPLING)
+def test_sampling_is_inherited(name: str) -> None:
+    outs = []
+    for cls in (xtloss.AutoregressiveWrapper, x_transformers.AutoregressiveWrapper):
+        wrapper = cls(decoder())
+        torch.manual_seed(7)
+        outs.append(SAMPLING[name](wrapper))
+        assert wrapper.training
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)
+
+
+def test_state_goes_both_ways() -> None:
+    ours, theirs = xtloss.AutoregressiveWrapper(decoder(seed=1)), x_transformers.AutoregressiveWrapper(decoder(seed=2))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours(X).item() == pytest.approx(theirs(X).item(), rel=1e-5)
+    theirs.load_state_dict(xtloss.AutoregressiveWrapper(decoder(seed=3)).state_dict())

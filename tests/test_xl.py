@@ -1,0 +1,409 @@
+"""XLAutoregressiveWrapper: one equation over the whole row, however it is cut into segments."""
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Unreachable, assert_same_gradients, decoder, gradients, random_batch
+from oracle import differentiable, expected
+from torch import Tensor, nn
+from x_transformers import TransformerWrapper
+from x_transformers import XLAutoregressiveWrapper as Upstream
+
+from xtloss import XLAutoregressiveWrapper
+
+B, N, S, VOCAB = 4, 14, 5, 11  # segments of 5, 5 and 3 inputs
+WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
+EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
+TRAINS = 'ttt_module_paths' in inspect.signature(Upstream).parameters
+needs_ttt = pytest.mark.skipif(not TRAINS, reason='this x-transformers has no test-time training')
+TTT: dict[str, Any] = {'tbptt_steps': 2, 'ttt_module_paths': ('attn_layers.layers.1.1',)}
+
+
+def network(*, max_seq_len: int = S, max_mem_len: int = 8, **options: Any) -> TransformerWrapper:
+    options = {'layers_rotary_pos_emb': True, 'use_abs_pos_emb': False} | options
+    return decoder(num_tokens=VOCAB, max_seq_len=max_seq_len, max_mem_len=max_mem_len, **options)
+
+
+def ids(b: int = B, n: int = N) -> Tensor:
+    return torch.randint(0, VOCAB, (b, n), generator=torch.Generator().manual_seed(0))
+
+
+def made(cls: type[nn.Module], net: nn.Module, **options: Any) -> nn.Module:
+    """A wrapper of either class; what it draws at random is the same."""
+    torch.manual_seed(1)
+    return cls(net, **options)
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    'plain': {},
+    'no memory': {'max_mem_len': 0},
+    'two layers': {'layers_depth': 2},
+    'absolute': {'use_abs_pos_emb': True, 'layers_rotary_pos_emb': False},
+    'flash': {'layers_attn_flash': True},
+    'memory tokens': {'num_memory_tokens': 2},
+    'memories down': {'layers_depth': 2, 'shift_mem_down': 1},
+    'mixture of softmax': {'mixture_of_softmax': True},
+    'tied': {'tie_embedding': True},
+}
+OPTIONS: dict[str, dict[str, Any]] = {'plain': {}}
+if TRAINS:
+    OPTIONS |= {'longer gradients': {'tbptt_steps': 2}, 'episodic': {'episodic_mem_len': 3}}
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+@pytest.mark.parametrize('name', NETWORKS)
+def test_equals_upstream_where_every_target_counts(name: str, options: str) -> None:
+    theirs, ours = (
+        made(cls, network(**NETWORKS[name]), **OPTIONS[options]) for cls in (Upstream, XLAutoregressiveWrapper)
+    )
+    for x in (ids(), ids(n=S + 1), ids(n=3), ids(1, 2)):
+        want, got = theirs(x), ours(x)
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+        # where a row has one input, attention's weights are 1 and their gradients rounding
+        assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5, floor=1e-3)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+LEARNING: dict[str, dict[str, Any]] = {
+    'plain': {},
+    'muon': {'ttt_use_muon': True},
+    'next latent': {'ttt_next_latent_loss': True},
+    'low rank': {'ttt_low_rank_paths': (('attn_layers.layers.0.1.to_out', 4),)},
+    'every three': {'tbptt_steps': 3},
+}
+
+
+@needs_ttt
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('steps', [1, 2])
+@pytest.mark.parametrize('name', LEARNING)
+def test_test_time_training_is_upstreams(name: str, steps: int, training: bool) -> None:
+    theirs, ours = (
+        made(cls, network(), **(TTT | LEARNING[name])).train(training) for cls in (Upstream, XLAutoregressiveWrapper)
+    )
+    want, got = theirs(ids(), ttt_recurrent_steps=steps), ours(ids(), ttt_recurrent_steps=steps)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    if training:
+        assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
+    with torch.no_grad():
+        assert ours(ids()).item() == pytest.approx(theirs(ids()).item(), rel=1e-5)
+
+
+@needs_ttt
+def test_the_inner_loss_does_not_know_the_outer_one() -> None:
+    wrapper = made(XLAutoregressiveWrapper, network(), **TTT)
+    loss_mask, loss_weight = torch.rand(B, N) < 0.5, torch.randn(B, N)
+    _, all_count = wrapper(ids(), return_breakdown=True)
+    _, some = wrapper(ids(), loss_mask=loss_mask, loss_weight=loss_weight, return_breakdown=True)
+    want = all_count.token_loss.where(loss_mask[:, 1:], 0)
+    torch.testing.assert_close(some.token_loss, want, rtol=1e-5, atol=1e-6)
+
+
+@needs_ttt
+@pytest.mark.parametrize('padding', ['lens', 'mask'])
+def test_padding_is_ignored_by_the_inner_loss(padding: str) -> None:
+    """So that padding moves no real loss, though a segment is read again after the update."""
+    real = torch.arange(N) < torch.tensor([[14], [7], [3], [9]])
+    call = {'lens': real.sum(dim=1)} if padding == 'lens' else {'mask': real}
+    wrapper = made(XLAutoregressiveWrapper, network(), **TTT)
+    want = wrapper(ids().masked_fill(~real, -100), ttt_recurrent_steps=2)
+    for junk in (0, 7, -1):
+        got = wrapper(ids().masked_fill(~real, junk), ttt_recurrent_steps=2, **call)
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@needs_ttt
+def test_recurrent_steps_need_test_time_training() -> None:
+    with pytest.raises(ValueError, match='ttt_recurrent_steps must be 1 without test-time training, got 2'):
+        XLAutoregressiveWrapper(network())(ids(), ttt_recurrent_steps=2)
+
+
+def pieces(net: nn.Module, x: Tensor, segment: int = S) -> Tensor:
+    """Logits of the pieces of a row, each read without memory."""
+    return torch.cat([net(piece) for piece in x[:, :-1].split(segment, dim=1)], dim=1)
+
+
+def carried(net: nn.Module, x: Tensor, segment: int = S) -> Tensor:
+    """The same, with the memories of the pieces before, which no gradient flows into."""
+    mems, found = None, []
+    for piece in x[:, :-1].split(segment, dim=1):
+        logits, mems = net(piece, mems=mems, return_mems=True)
+        found.append(logits)
+    return torch.cat(found, dim=1)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    b=st.integers(1, 4),
+    n=st.integers(2, 13),
+    segment=st.integers(1, 6),
+    memory=st.booleans(),
+    log_prob=st.booleans(),
+    using=st.sets(st.sampled_from(['ignore', 'lens', 'loss_mask', 'loss_weight', 'row_weight'])),
+    weighting=st.sampled_from(WEIGHTINGS),
+    normalizer=st.sampled_from([None, 2.5]),
+)
+def test_the_equation(
+    seed: int,
+    b: int,
+    n: int,
+    segment: int,
+    memory: bool,
+    log_prob: bool,
+    using: set[str],
+    weighting: str | float,
+    normalizer: float | None,
+) -> None:
+    """Segments change what the network sees, and nothing about the weights."""
+    net = network(max_seq_len=segment, mixture_of_softmax=log_prob, dtype=torch.float64, **EXACT)
+    call = random_batch(seed, b, n, VOCAB, using)
+    read = call['x'].masked_fill(call['x'] == -100, 0)
+    logits = (carried if memory else pieces)(net, read, segment)
+    want = expected(logits, weighting=weighting, normalizer=normalizer, log_probs=log_prob, **call)
+
+    wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
+    loss, parts = wrapper(**call, normalizer=normalizer, dropout_mems=not memory, return_breakdown=True)
+    assert loss.item() == pytest.approx(want.loss, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(parts.weight, torch.tensor(want.weight, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
+    assert parts.normalizer.item() == pytest.approx(want.normalizer, rel=1e-9)
+    if normalizer is None:
+        z = wrapper.loss_normalizer(**call.without('loss_weight'))
+        assert z.item() == pytest.approx(want.normalizer, rel=1e-9)
+    reference = differentiable(logits, call['x'], want, log_probs=log_prob)
+    assert_same_gradients(gradients(loss, net), gradients(reference, net), 1e-9, floor=1e-6)
+
+
+def test_a_mean_of_the_means_of_segments_is_another() -> None:
+    """Upstream averages each segment by itself, and counts a row that has ended as 0 there; 2.20 pools its rows."""
+    x = ids().clamp(min=1).masked_fill(torch.arange(N) >= torch.tensor([[14], [7], [3], [9]]), 0)
+    net = network()
+    want = expected(carried(net, x), x, ignore_index=0, weighting='sequence')
+
+    by_segment = 0.0
+    for start, end in ((0, 5), (5, 10), (10, 13)):
+        rows = [
+            [cost for cost, flag in zip(costs[start:end], flags[start:end], strict=True) if flag]
+            for costs, flags in zip(want.token_loss, want.counted, strict=True)
+        ]
+        pooled = sum(map(sum, rows)) / sum(map(len, rows))
+        by_row = sum(sum(row) / len(row) for row in rows if row) / B
+        by_segment += (end - start) / 13 * (by_row if TRAINS else pooled)
+
+    theirs = Upstream(net, ignore_index=0)(x).item()
+    ours = XLAutoregressiveWrapper(net, ignore_index=0, equal_loss_weight_batch=True)(x).item()
+    assert theirs == pytest.approx(by_segment, rel=1e-4)
+    assert ours == pytest.approx(want.loss, rel=1e-5)
+    assert abs(ours - theirs) > 0.1
+
+
+def test_an_ignored_token_can_be_read() -> None:
+    x = ids().masked_fill(torch.rand(B, N) < 0.3, -100)
+    net = network()
+    with pytest.raises(IndexError):
+        Upstream(net)(x)
+    want = expected(carried(net, x.masked_fill(x == -100, 3)), x)
+    assert XLAutoregressiveWrapper(net, pad_value=3)(x).item() == pytest.approx(want.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize('argument', ['lens', 'mask', 'ignored'])
+def test_ids_under_padding_may_be_anything(argument: str) -> None:
+    real = torch.arange(N) < torch.tensor([[14], [7], [3], [1]])
+    call = {'lens': {'lens': real.sum(dim=1)}, 'mask': {'mask': real}, 'ignored': {}}[argument]
+    wrapper = XLAutoregressiveWrapper(network(), ignore_index=-7, pad_value=4)
+    want = wrapper(ids().masked_fill(~real, -7))
+    for junk in (-7,) if argument == 'ignored' else (-1, 10**6, 7, -7):
+        got = wrapper(ids().masked_fill(~real, junk), **call)
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('longer', [False, True], ids=['', 'longer gradients'])
+@pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'absolute'}))
+def test_padding_is_not_remembered(name: str, longer: bool) -> None:
+    """What a masked position holds moves no loss and no gradient, in its segment or from a later one."""
+    if longer and not TRAINS:
+        pytest.skip('this x-transformers cuts every segment off')
+    starts = torch.tensor([0, 2, 7, 12])
+    mask = torch.arange(N) >= starts[:, None]
+    mask[0, 4] = False
+    net = network(**NETWORKS[name])
+    found = []
+    for pad_value in (1, 9):  # what the network reads at a masked position
+        wrapper = XLAutoregressiveWrapper(net, pad_value=pad_value, **({'tbptt_steps': 3} if longer else {}))
+        loss = wrapper(ids(), mask=mask)
+        found.append((loss, gradients(loss, net)))
+    (one, grads), (other, other_grads) = found
+    assert one.item() == pytest.approx(other.item(), rel=1e-5)
+    for grad in (grads, other_grads):
+        grad.pop('token_emb.emb.weight')  # its rows of pad_value are what was changed
+    assert_same_gradients(grads, other_grads, 1e-4)
+
+
+@pytest.mark.skipif(not TRAINS, reason='this x-transformers cannot leave memories attached')
+def test_memories_and_their_masks_can_be_handed_in() -> None:
+    """A row read in two calls, its memories carried by hand, costs what it costs in one."""
+    net, mask = network(max_mem_len=S), torch.arange(N) >= torch.tensor([[0], [2], [4], [7]])
+    whole, parts = XLAutoregressiveWrapper(net)(ids(), mask=mask, return_breakdown=True)
+    _, mems = net(ids()[:, :S].masked_fill(~mask[:, :S], 0), mask=mask[:, :S], return_mems=True)
+    wrapper = XLAutoregressiveWrapper(net)
+    masks = [mask[:, :S]] * len(mems)
+    _, rest = wrapper(ids()[:, S:], mems, mask=mask[:, S:], mem_masks=masks, return_breakdown=True)
+    torch.testing.assert_close(rest.token_loss, parts.token_loss[:, S:], rtol=1e-5, atol=1e-6)
+    _, blind = wrapper(ids()[:, S:], mems, mask=mask[:, S:], return_breakdown=True)
+    assert not torch.allclose(blind.token_loss[1], rest.token_loss[1], rtol=1e-4)
+    torch.testing.assert_close(blind.token_loss[0], rest.token_loss[0], rtol=1e-5, atol=1e-6)
+    assert whole.isfinite()
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+def test_one_loss_however_it_is_batched(weighting: str | float) -> None:
+    """Padding on the left must be whole segments: others would cut the row, and so its memories, elsewhere."""
+    lens = torch.tensor([14, 7, 3, 9])
+    net = network(dtype=torch.float64, layers_depth=2, **EXACT)
+    right = {'x': ids(), 'loss_mask': torch.rand(B, N) < 0.8, 'loss_weight': torch.randn(B, N, dtype=torch.float64)}
+    real = {'lens': lens}
+
+    def run(*calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+        wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
+        total = sum(wrapper.loss_normalizer(**call) for call in calls)
+        net.zero_grad()
+        loss = 0.0
+        for call in calls:
+            part = wrapper(**call, normalizer=total)
+            part.backward()
+            loss += part.item()
+        return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    order = torch.tensor([2, 0, 3, 1])
+    layouts = [
+        [{k: v[order] for k, v in (right | real).items()}],
+        [{k: v[i : i + 1] for k, v in (right | real).items()} for i in range(B)],
+        [right | {'mask': torch.arange(N) < lens[:, None]}],
+    ]
+    if weighting != 'padded':
+        layouts += [
+            [{k: F.pad(v, (0, 9)) for k, v in right.items()} | real],
+            [
+                {k: F.pad(v, (2 * S, 0)) for k, v in right.items()}
+                | {'mask': F.pad(torch.arange(N) < lens[:, None], (2 * S, 0))}
+            ],
+        ]
+    want, want_grads = run(right | real)
+    for calls in layouts:
+        loss, grads = run(*calls)
+        assert loss == pytest.approx(want, rel=1e-9)
+        assert_same_gradients(grads, want_grads, 1e-9, floor=1e-6)
+
+
+NOTHING: dict[str, dict[str, Any]] = {
+    'one token': {'x': ids(n=1)},
+    'no rows': {'x': ids()[:0]},
+    'all ignored': {'x': torch.full((B, N), -100)},
+    'no length': {'x': ids(), 'lens': torch.zeros(B).long()},
+    'all masked': {'x': ids(), 'mask': torch.zeros(B, N).bool()},
+    'no loss': {'x': ids(), 'loss_mask': torch.zeros(B, N).bool(), 'loss_weight': torch.full((B, N), torch.nan)},
+}
+
+
+@pytest.mark.parametrize('nothing', NOTHING)
+@pytest.mark.parametrize('weighting', ['token', 'sequence', 'padded'])
+def test_nothing_counted(nothing: str, weighting: str) -> None:
+    wrapper = XLAutoregressiveWrapper(network(), loss_weighting=weighting)
+    usual = gradients(wrapper(ids()), wrapper).keys()
+    loss, parts = wrapper(**NOTHING[nothing], return_breakdown=True)
+    assert loss.item() == 0
+    assert parts.token_loss.shape == NOTHING[nothing]['x'][:, 1:].shape
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for name, p in wrapper.named_parameters() if name in usual)
+    if weighting != 'padded':
+        assert wrapper.loss_normalizer(**NOTHING[nothing]).item() == 0
+
+
+class NaNHead(nn.Linear):
+    """Gives NaN for one token, whatever it reads at others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(self.holes[:, : x.shape[1], None], torch.nan)
+
+
+def test_nan_logits_where_nothing_counts() -> None:
+    lens = torch.tensor([4, 1, 3, 2])
+    torch.manual_seed(2)
+    head = NaNHead(16, VOCAB)
+    head.holes = torch.arange(S) >= lens[:, None] - 1
+    wrapper = XLAutoregressiveWrapper(network(to_logits=head), equal_loss_weight_batch=True)
+    got = wrapper(ids(n=S + 1), lens=lens)
+    got_grads = gradients(got, wrapper)
+    head.holes = torch.zeros(B, S).bool()
+    want = wrapper(ids(n=S + 1), lens=lens)
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+    assert_same_gradients(got_grads, gradients(want, wrapper), 1e-5)
+
+
+FLAGS, ROWS = torch.ones(B, N).bool(), torch.ones(B).long()
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({'x': torch.zeros(B, N)}, TypeError, 'x must be integer, got float32'),
+    ({'x': ids()[0]}, ValueError, r'x must have shape \(b, n\) with n >= 1, got \(14,\)'),
+    ({'lens': ROWS.float()}, TypeError, 'lens must be integer, got float32'),
+    ({'mask': FLAGS[:, 1:]}, ValueError, r'mask must have shape \(4, 14\) like x, got \(4, 13\)'),
+    ({'loss_mask': FLAGS.long()}, TypeError, 'loss_mask must be bool, got int64'),
+    ({'loss_weight': torch.ones(3)}, ValueError, r'loss_weight must have shape \(4,\) or \(4, 14\) like x, got \(3,\)'),
+    ({'normalizer': -1.0}, ValueError, 'normalizer must be > 0 and finite, got -1.0'),
+    ({'ttt_recurrent_steps': 1.0}, TypeError, 'ttt_recurrent_steps must be int, got float'),
+    ({'ttt_recurrent_steps': 0}, ValueError, 'ttt_recurrent_steps must be >= 1, got 0'),
+    ({'seq_start_pos': ROWS}, ValueError, 'seq_start_pos cannot be given here: .*'),
+    ({'segment_ids': FLAGS.long()}, ValueError, 'segment_ids cannot be given here: .*'),
+    ({'mask': FLAGS, 'self_attn_kv_mask': FLAGS}, ValueError, 'self_attn_kv_mask cannot be given here: .*'),
+]
+
+
+@pytest.mark.parametrize(('call', 'error', 'message'), BAD, ids=[message for _, _, message in BAD])
+def test_bad_input(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    for method in ('forward', 'loss_normalizer'):
+        if method == 'loss_normalizer' and {'normalizer', 'loss_weight'} & call.keys():
+            continue  # it has no use for these
+        with pytest.raises(error, match=f'^{message}$'):
+            getattr(XLAutoregressiveWrapper(Unreachable()), method)(**{'x': ids()} | call)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match='loss_weighting must be one of'):
+        XLAutoregressiveWrapper(Unreachable(), loss_weighting='tokens')
+    with pytest.raises(TypeError, match='equal_loss_weight_batch must be bool, got int'):
+        XLAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=1)
+
+
+def test_a_network_that_answers_for_more_than_it_read() -> None:
+    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\), got \(4, 7, 11\)'):
+        XLAutoregressiveWrapper(network())(ids(), prepend_embeds=torch.zeros(B, 2, 16))
+
+
+def test_nothing_handed_in_is_changed() -> None:
+    call = {'x': ids(), 'lens': ROWS * 9, 'mask': FLAGS, 'loss_mask': FLAGS, 'loss_weight': torch.rand(B, N)}
+    before = copy.deepcopy(call)
+    XLAutoregressiveWrapper(network())(**call).backward()
+    assert all(torch.equal(value, before[name]) for name, value in call.items())
+
+
+def test_ids_of_any_integer_dtype() -> None:
+    wrapper = XLAutoregressiveWrapper(network())
+    want = wrapper(ids())
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert wrapper(ids().to(dtype)).item() == want.item()
+
+
+def test_xtransformers_readme() -> None:
+    """The way x-transformers' README uses the wrapper, in small."""
+    layers = {'layers_rel_pos_bias': True, 'layers_rotary_pos_emb': False, 'layers_depth': 2}
+    wrapper = XLAutoregressiveWrapper(network(max_seq_len=8, max_mem_len=16, use_abs_pos_emb=True, **layers))
+    seg = torch.randint(0, VOCAB, (1, 64))
+    wrapper(seg).backward()
+    assert wrapper.generate(seg[:, :16], 24).shape == (1, 24)
