@@ -139,10 +139,12 @@ def xtloss(p: Problem) -> Tensor:
 def network(shape: Shape) -> TransformerWrapper:
     """Build the network of a shape; the same one for both wrappers."""
     torch.manual_seed(0)
+    heads = max(1, shape.dim // 64)
     layers = Decoder(
         dim=shape.dim,
         depth=shape.depth,
-        heads=max(1, shape.dim // 64),
+        heads=heads,
+        attn_dim_head=shape.dim // heads,
         rotary_pos_emb=True,
         attn_flash=True,
         verbose=False,

@@ -113,8 +113,13 @@ def test_a_head_that_gives_nan_where_nothing_counts(network: str, bad: float) ->
             net.to_logits = nn.Sequential(head, Holes(holes, value))
             if net.add_continuous_pred_head:
                 net.to_next_embed_pred.append(Holes(holes, value))
+            if net.looped:
+                net.exit_gate = nn.Sequential(net.exit_gate, Holes(holes, value))
         loss = AutoregressiveWrapper(net, equal_loss_weight_batch=True)(LONG, lens=lens)
-        return loss, {k.replace('to_logits.0.', 'to_logits.'): g for k, g in gradients(loss, net).items()}
+        return loss, {
+            k.replace('to_logits.0.', 'to_logits.').replace('exit_gate.0.', 'exit_gate.'): g
+            for k, g in gradients(loss, net).items()
+        }
 
     (loss, grads), (clean_loss, clean) = run(bad), run(None)
     assert loss.item() == pytest.approx(clean_loss.item(), rel=1e-5)
@@ -199,6 +204,17 @@ def test_padding_is_not_seen_where_the_network_would_drop_the_mask(
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert seen[0][1].item() == pytest.approx(seen[0][0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('dropping', DROPPING)
+def test_a_mask_that_masks_nothing_changes_nothing(dropping: str, fused: str | bool) -> None:
+    network, options, call = DROPPING[dropping]
+    wrapper = AutoregressiveWrapper(decoder(layers_depth=2, **network), fused=fused, **options)
+    losses = []
+    for mask in (None, torch.ones(3, 8).bool()):
+        torch.manual_seed(4)
+        losses.append(wrapper(LONG, mask=mask, **call).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_seq_start_pos_beside_prepended_embeddings_counts_from_the_first_of_them() -> None:

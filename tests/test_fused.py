@@ -730,7 +730,10 @@ PLAIN: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any]]] = {
     'tied': (lambda: decoder(tie_embedding=True), {}),
     'tied, own scale': (lambda: decoder(tie_embedding=True, tie_embedding_scale=0.5), {}),
     'tied, l2norm': (lambda: decoder(tie_embedding=True, l2norm_embed=True), {}),
-    'scale set later': (after(lambda net: setattr(net, 'tie_embedding_scale', 3.0), tie_embedding=True), {}),
+    'scale set later': (
+        after(lambda net: setattr(net, 'tie_embedding_scale', 3.0), tie_embedding_scale=1.0, tie_embedding=True),
+        {},
+    ),
     'memory tokens': (lambda: decoder(num_memory_tokens=2), {}),
     'wider embeddings': (lambda: decoder(emb_dim=24), {}),
     'prepend_embeds': (decoder, {'prepend_embeds': PREPENDED, 'lens': torch.tensor([9, 2, 4])}),
@@ -790,16 +793,16 @@ LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] 
     'return_outputs': (decoder, {'return_outputs': True}, 'return_outputs'),
     'return_logit_entropies': (decoder, {'return_logit_entropies': True}, 'return_logit_entropies'),
     'to_logits_kwargs': (decoder, {'to_logits_kwargs': {}}, 'to_logits_kwargs'),
-    'excise_prepend_embeds': (decoder, {'excise_prepend_embeds': True}, 'excise_prepend_embeds'),
 }
 
-# the same, but x-transformers' own loss cannot be had of them
+# the same, but x-transformers' own loss cannot be had of them, or not in every release
 NO_LOSS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
     'num_output_heads': (lambda: decoder(num_output_heads=2), {}, 'num_output_heads'),
     'use_cls_token': (lambda: decoder(use_cls_token=True), {}, 'use_cls_token'),
     'average_pool_embed': (lambda: decoder(average_pool_embed=True), {}, 'average_pool_embed'),
     'return_only_embed': (lambda: decoder(return_only_embed=True), {}, 'return_only_embed'),
     'return_logits_and_embeddings': (decoder, {'return_logits_and_embeddings': True}, 'return_logits_and_embeddings'),
+    'excise_prepend_embeds': (decoder, {'excise_prepend_embeds': True}, 'excise_prepend_embeds'),
     'return_embeddings': (decoder, {'return_embeddings': True}, 'return_embeddings'),
     'an argument of the future': (decoder, {'head_temperature': 2.0}, 'head_temperature'),
     'not x-transformers': (lambda: Stub(torch.zeros(3, 9, 11)), {}, 'network is a Stub'),

@@ -15,7 +15,7 @@ from xtloss.checks import check_batch
 from xtloss.cross_entropy import loss_dtype
 from xtloss.fused import refuse_transforms
 from xtloss.head import linear_head, why_not_linear
-from xtloss.inputs import legal_ids, mask_arguments, random_key_mask
+from xtloss.inputs import legal_ids, mask_arguments, random_key_mask, real_positions
 from xtloss.looped import looped_losses
 from xtloss.options import WeightingOptions
 from xtloss.segments import segment_arguments
@@ -169,13 +169,10 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         extra = torch.zeros_like(weights.by_length)  # (b, n-1)
         if fuse:
             total, token_loss = loss_from_embeds(linear_head(self.net), out, ids, counted, weights.weight)
-        elif self.net.looped:
-            token_loss, exit_loss = self._looped_losses(cache, ids, counted)
-            extra = extra + self.looped_exit_loss_weight * exit_loss
         else:
-            token_loss = token_losses(out, ids, counted, is_log_prob=self.net.output_is_log_prob)
-        if not fuse:
+            token_loss, exit_loss = self._token_losses(out, cache, ids, counted)
             total = (weights.weight * token_loss).sum()
+            extra = extra + self.looped_exit_loss_weight * exit_loss
         if self.add_continuous_pred_head:
             extra = extra + self.next_embed_loss_weight * next_embed_loss(next_embed_pred, embeds, counted)
 
@@ -231,8 +228,10 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         segment_ids: Tensor | None,
         arguments: dict[str, Any],
     ) -> dict[str, Any]:
-        random_mask = random_key_mask(x, self.mask_prob) if self.mask_prob > 0 else None
         prepended = 0 if prepend_embeds is None else prepend_embeds.shape[1]
+        start = arguments.get('seq_start_pos')
+        real = real_positions(x, mask=mask, seq_start_pos=None if start is None else start - prepended)
+        random_mask = random_key_mask(real, self.mask_prob) if self.mask_prob > 0 else None
         arguments = mask_arguments(
             self.net, mask=mask, random_mask=random_mask, n=x.shape[1], prepended=prepended, arguments=arguments
         )
@@ -251,9 +250,12 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
             raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
         return why_not is None
 
-    def _looped_losses(self, cache: Any, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        log_prob = self.net.output_is_log_prob
-        nll = [token_losses(logits, ids, counted, is_log_prob=log_prob) for logits in cache.all_pred_logits]
+    def _token_losses(self, logits: Tensor, cache: Any, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The loss and the exit loss of each target, (b, n-1)."""
+        of_loops = cache.all_pred_logits if self.net.looped else [logits]
+        nll = [token_losses(t, ids, counted, is_log_prob=self.net.output_is_log_prob) for t in of_loops]
+        if not self.net.looped:
+            return nll[0], 0.0
         exit_logits = [predictors(logits, counted.shape[1]).squeeze(-1) for logits in cache.exit_logits]
         return looped_losses(
             torch.stack(nll),  # (l, b, n-1)

@@ -50,17 +50,20 @@ def real_positions(
     return real
 
 
-def random_key_mask(x: Tensor, mask_prob: float) -> Tensor:
-    """(b, n) bool, False at a random `mask_prob` of the keys of each row, never at the first.
+def random_key_mask(real: Tensor, mask_prob: float) -> Tensor:
+    """(b, n) bool, False at a random `mask_prob` of the keys of each row, never at the first, or the first real one.
+
+    A query that sees no key at all would see every key: the network masks the future last.
 
     Liu et al., FCM: Forgetful Causal Masking, 2022, https://arxiv.org/abs/2210.13432. Draws the random numbers upstream
     draws.
     """
-    n = x.shape[1]
-    noise = torch.randn(x.shape, device=x.device)
+    n = real.shape[1]
+    noise = torch.randn(real.shape, device=real.device)
     noise[:, 0] = -torch.finfo(noise.dtype).max
     hidden = noise.topk(min(int(n * mask_prob), n - 1), dim=-1).indices
-    return torch.ones_like(x, dtype=torch.bool).scatter(1, hidden, False)
+    is_first = real & (real.cumsum(dim=1) == 1)
+    return torch.ones_like(real).scatter(1, hidden, False) | is_first
 
 
 def mask_arguments(
