@@ -57,11 +57,11 @@ class Config:
     suite: bool = False
     """Measure the shapes of the README's table, not the one above."""
     rounds: int = 3
-    """At least so many rounds of each comparison,"""
+    """Rounds of each comparison, at the least."""
     seconds: float = 30.0
-    """and at least so long."""
+    """Rounds of each comparison go on for so long, at the least."""
     memory: bool = True
-    """Measure peak memory too (on a CPU: Linux only)."""
+    """Measure peak memory too; on a CPU, on Linux only."""
     out: Path = Path('runs/bench_loss')
     """Where bench_loss.png goes."""
 

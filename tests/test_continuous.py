@@ -302,6 +302,27 @@ def test_nan_outputs_where_nothing_counts() -> None:
         assert grad.isfinite().all()
 
 
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (pred - target).square()
+
+
+def test_nan_frames_reach_no_gradient_of_the_loss_or_of_the_frames() -> None:
+    wrapper = ContinuousAutoregressiveWrapper(network(), Scaled())
+    x = frames().masked_fill(~REAL[..., None], NAN).requires_grad_()
+    loss = wrapper(x, lens=LENS)
+    scale, grad = torch.autograd.grad(loss, (wrapper.loss_fn.scale, x))
+    assert scale.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert grad[REAL].isfinite().all()
+    assert not grad[~REAL].any()
+
+
 @pytest.mark.parametrize('argument', ['mask', 'seq_start_pos', 'lens'])
 def test_a_key_mask_does_not_displace_the_mask(argument: str) -> None:
     """The network drops `mask` when it is given `self_attn_kv_mask`, and never masks by `seq_start_pos`."""
@@ -332,6 +353,8 @@ def test_what_the_network_gets() -> None:
     assert torch.equal(lens_mask['mask'], REAL[:, :-1])
     assert torch.equal(mask['mask'], REAL[:, :-1])
     assert 'sum_embeds' in mask
+    wrapper(x[:, :1], lens=LENS)  # networks are not made to read nothing
+    assert stub.seen[-1][0].shape == (B, 1, D)
 
 
 NOTHING: dict[str, dict[str, Any]] = {

@@ -91,6 +91,8 @@ def test_test_time_training_is_upstreams(name: str, steps: int, training: bool) 
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     if training:
         assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
+    want, got = theirs(ids(n=S)), ours(ids(n=S))  # nothing is learnt after the last segment
+    assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
     with torch.no_grad():
         assert ours(ids()).item() == pytest.approx(theirs(ids()).item(), rel=1e-5)
 
@@ -247,20 +249,38 @@ def test_padding_is_not_remembered(name: str, longer: bool) -> None:
     assert_same_gradients(grads, other_grads, 1e-4)
 
 
-@pytest.mark.skipif(not TRAINS, reason='this x-transformers cannot leave memories attached')
+@pytest.mark.parametrize('name', NETWORKS)
+def test_a_mask_of_real_tokens_changes_nothing(name: str) -> None:
+    wrapper = XLAutoregressiveWrapper(network(**NETWORKS[name]))
+    want = wrapper(ids())
+    got = wrapper(ids(), mask=torch.ones(B, N).bool())
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
 def test_memories_and_their_masks_can_be_handed_in() -> None:
     """A row read in two calls, its memories carried by hand, costs what it costs in one."""
-    net, mask = network(max_mem_len=S), torch.arange(N) >= torch.tensor([[0], [2], [4], [7]])
-    whole, parts = XLAutoregressiveWrapper(net)(ids(), mask=mask, return_breakdown=True)
+    net, mask = network(), torch.arange(N) >= torch.tensor([[0], [2], [4], [7]])
+    _, whole = XLAutoregressiveWrapper(net)(ids(), mask=mask, return_breakdown=True)
     _, mems = net(ids()[:, :S].masked_fill(~mask[:, :S], 0), mask=mask[:, :S], return_mems=True)
-    wrapper = XLAutoregressiveWrapper(net)
-    masks = [mask[:, :S]] * len(mems)
-    _, rest = wrapper(ids()[:, S:], mems, mask=mask[:, S:], mem_masks=masks, return_breakdown=True)
-    torch.testing.assert_close(rest.token_loss, parts.token_loss[:, S:], rtol=1e-5, atol=1e-6)
-    _, blind = wrapper(ids()[:, S:], mems, mask=mask[:, S:], return_breakdown=True)
-    assert not torch.allclose(blind.token_loss[1], rest.token_loss[1], rtol=1e-4)
-    torch.testing.assert_close(blind.token_loss[0], rest.token_loss[0], rtol=1e-5, atol=1e-6)
-    assert whole.isfinite()
+    wrapper, rest = XLAutoregressiveWrapper(net), {'x': ids()[:, S:], 'mems': mems, 'mask': mask[:, S:]}
+
+    def costs(**call: Any) -> Tensor:
+        return wrapper(**call, return_breakdown=True)[1].token_loss
+
+    told = costs(**rest, mem_masks=[mask[:, :S]] * len(mems))
+    torch.testing.assert_close(told, whole.token_loss[:, S:], rtol=1e-5, atol=1e-6)
+    untold, all_real = costs(**rest), costs(**rest, mem_masks=[torch.ones(B, S).bool()] * len(mems))
+    torch.testing.assert_close(untold, all_real, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(untold[1], told[1], rtol=1e-3)
+    unmasked = {'x': ids()[:, S:], 'mems': mems, 'mem_masks': [mask[:, :S]] * len(mems)}
+    torch.testing.assert_close(costs(**unmasked)[:3], told[:3], rtol=1e-5, atol=1e-6)  # the last row has padding after
+
+
+def test_log_probabilities_are_taken_as_they_are() -> None:
+    net = network()
+    net.output_is_log_prob = True
+    want = expected(carried(net, ids()), ids(), log_probs=True).loss
+    assert XLAutoregressiveWrapper(net)(ids()).item() == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize('weighting', WEIGHTINGS)

@@ -84,7 +84,7 @@ def mask_arguments(
     key_mask, drops_mask = arguments.get('self_attn_kv_mask'), False
     if mask is not None:
         arguments['mask'] = mask
-        drops_mask = random_mask is not None or key_mask is not None or arguments.get('seq_start_pos') is not None
+        drops_mask = key_mask is not None or arguments.get('seq_start_pos') is not None
         if arguments.get('prepend_mask') is not None:
             mask = torch.cat((arguments['prepend_mask'], mask), dim=1)
 
