@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 from enwik8_config import PRESETS
-from enwik8_sequences import collate, draw, split_text
+from enwik8_sequences import draw, split_text, to_batch
 from enwik8_text import find_text, read_text
 from torch import Tensor
 from torch.nn import Module
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from x_transformers import AutoregressiveWrapper as Upstream
 from x_transformers import Decoder, TransformerWrapper
 
-from xtloss import AutoregressiveWrapper, pack
+from xtloss import AutoregressiveWrapper
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,19 @@ def main(config: Config) -> None:
         difference = 0.0
         for round_ in tqdm(range(config.rounds + 1), desc=f'{count} lines', leave=False):
             batch = draw(lines, count, generator)
-            x, lens = (t.to(config.device) for t in collate(batch))  # (b, n), (b,)
-            packed, segment_ids = (t.to(config.device) for t in pack([list(line) for line in batch], config.max_len))
+            padded = {name: t.to(config.device) for name, t in to_batch(batch).items()}
+            packed = {name: t.to(config.device) for name, t in to_batch(batch, 'packed', config.max_len).items()}
 
             losses = []
             for name, step in {
-                'x-transformers': lambda x=x, lens=lens: upstream(x, lens=lens),
-                'padded': lambda x=x, lens=lens: ours(x, lens=lens),
-                'packed': lambda x=packed, ids=segment_ids: ours(x, segment_ids=ids),
+                'x-transformers': lambda batch=padded: upstream(**batch),
+                'padded': lambda batch=padded: ours(**batch),
+                'packed': lambda batch=packed: ours(**batch),
             }.items():
                 loss, seconds = timed(net, step)
                 losses.append(loss)
                 if round_ > 0:  # the first warms up
-                    speeds[name].append(int(lens.sum()) / seconds)
+                    speeds[name].append(sum(map(len, batch)) / seconds)
             difference = max(difference, *(abs(loss - losses[0]) / losses[0] for loss in losses))
 
         median = {name: statistics.median(speed) for name, speed in speeds.items()}

@@ -167,20 +167,15 @@ def whole_step(wrapper: type[nn.Module], shape: Shape) -> Callable[[], Tensor]:
 
 PRODUCTS, UPSTREAM, OURS = 'three matrix products', 'x-transformers', 'xtloss'
 STEP_UPSTREAM, STEP_OURS = 'x-transformers, whole step', 'xtloss, whole step'
-CHUNKED = {
-    'F.linear_cross_entropy, chunks of its choice': {},
-    'F.linear_cross_entropy, chunks of 512': {'batch_chunk_size': 512},
-}
+CHUNKED = ('F.linear_cross_entropy, its own chunks', 'F.linear_cross_entropy, chunks of 512')
 HEADS: dict[str, Callable[[Problem], Tensor | None]] = {
     PRODUCTS: products,
     UPSTREAM: upstream,
     'F.cross_entropy, (b, vocab, n)': cross_entropy_bvn,
     'F.cross_entropy, flat': cross_entropy_flat,
 }
-if hasattr(F, 'linear_cross_entropy'):
-    HEADS |= {name: lambda p, options=options: torch_chunked(p, **options) for name, options in CHUNKED.items()}
-else:  # before torch 2.13
-    CHUNKED = {}
+if hasattr(F, 'linear_cross_entropy'):  # torch 2.13
+    HEADS |= {CHUNKED[0]: torch_chunked, CHUNKED[1]: lambda p: torch_chunked(p, batch_chunk_size=512)}
 if torch.cuda.is_available():
     modules = {'liger_kernel': ('liger-kernel', liger), 'cut_cross_entropy': ('cut-cross-entropy', cut)}
     HEADS |= {name: function for module, (name, function) in modules.items() if find_spec(module)}

@@ -62,9 +62,11 @@ class Config:
     seq_len: int | None = None
     """The most positions the network sees."""
     batch_size: int | None = None
-    """Sequences in a micro-batch of one process."""
+    """Sequences in a micro-batch, of all processes together: how many there are changes the speed alone."""
     grad_accum: int | None = None
     """Micro-batches in an optimizer step."""
+    layout: Literal['padded', 'packed'] = 'padded'
+    """'padded': a row for each sequence; 'packed': several sequences in each row, kept apart. The loss is the same."""
     learning_rate: float | None = None
     steps: int | None = None
     """Optimizer steps."""
@@ -87,6 +89,8 @@ def resolve(config: Config, device: torch.device) -> Config:
         least = 0 if name == 'seed' else 1
         if type(value) is int and value < least:  # a bool is no number here
             raise ConfigError(f'{name} must be at least {least}, got {value}')
+    if config.layout == 'packed' and config.orthog_values:
+        raise ConfigError('--layout packed goes with --no-orthog-values: those mix the sequences of a row')
     return config
 
 

@@ -43,13 +43,13 @@ class Row(NamedTuple):
 
 
 @torch.no_grad()
-def costs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[SequenceCost]:
-    """Yield the cost of every sequence that has a target, from batches of token ids (b, n) and lengths (b,)."""
-    for x, lens in batches:
-        _, breakdown = model(x, lens=lens, return_breakdown=True)
+def costs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[SequenceCost]:
+    """Yield the cost of every sequence that has a target, from batches of token ids x (b, n) and lengths lens (b,)."""
+    for batch in batches:
+        _, breakdown = model(**batch, return_breakdown=True)
         targets = (breakdown.weight > 0).sum(dim=-1)  # (b,)
         bits = breakdown.token_loss.double().sum(dim=-1) / math.log(2)  # (b,)
-        for cost in zip(lens.tolist(), targets.tolist(), bits.tolist(), strict=True):
+        for cost in zip(batch['lens'].tolist(), targets.tolist(), bits.tolist(), strict=True):
             if cost[1] > 0:
                 yield SequenceCost(*cost)
 

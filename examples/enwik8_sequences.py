@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from enwik8_text import DataError
 from torch import Generator, Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+from xtloss import collate
 
 HELD_OUT = 20  # one sequence in so many
 
@@ -105,7 +106,10 @@ def draw(sequences: Sequence[bytes], count: int, generator: Generator) -> list[b
     return [sequences[index] for index in torch.randint(len(sequences), (count,), generator=generator).tolist()]
 
 
-def collate(sequences: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """Return token ids (b, n), int64, zeros to the right of each sequence, and lengths (b,), int64."""
-    ids = [torch.frombuffer(bytearray(sequence), dtype=torch.uint8) for sequence in sequences]
-    return pad_sequence(ids, batch_first=True).long(), torch.tensor([len(sequence) for sequence in sequences])
+def to_batch(sequences: Sequence[bytes], layout: str = 'padded', row_len: int | None = None) -> dict[str, Tensor]:
+    """Return what the wrapper's forward takes: token ids, x (b, n) int64, and lens (b,) or segment_ids (b, n).
+
+    'padded': a row for each sequence; 'packed': rows of `row_len` tokens, each of several sequences.
+    """
+    ids = [torch.tensor(list(sequence)) for sequence in sequences]
+    return collate(ids, layout=layout, max_len=row_len if layout == 'packed' else None)

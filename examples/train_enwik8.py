@@ -2,6 +2,7 @@
 
     python examples/train_enwik8.py                                   # token: every byte counts the same
     python examples/train_enwik8.py --equal-loss-weight-batch         # sequence: every line counts the same
+    python examples/train_enwik8.py --layout packed                   # the same loss, no padding
     accelerate launch --multi_gpu examples/train_enwik8.py --preset base
 
 A run leaves config.json, metrics.jsonl and loss_by_length.png in runs/NAME/.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -27,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from enwik8_config import Config, ConfigError, resolve, run_name
 from enwik8_report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
-from enwik8_sequences import collate, draw, split_text
+from enwik8_sequences import draw, split_text, to_batch
 from enwik8_text import DataError, find_text, read_text
 from torch import Tensor
 from torch.nn import Module
@@ -36,6 +38,8 @@ from tqdm import tqdm
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper, global_normalizer
+
+Batch = dict[str, Tensor]  # what the wrapper's forward takes
 
 MAX_GRAD_NORM = 0.5  # as upstream
 PROMPT = 32  # bytes
@@ -65,38 +69,32 @@ def build_model(config: Config) -> AutoregressiveWrapper:
         raise ConfigError(str(error)) from error
 
 
-def draw_micro_batches(
-    sequences: Sequence[bytes], config: Config, accelerator: Accelerator, generator: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
-    """Return this process's share of one optimizer step: token ids (b, n) and lengths (b,), `grad_accum` times.
-
-    Every process draws the whole step, so which sequences it holds does not depend on how many processes there are.
-    """
-    count = config.batch_size * config.grad_accum * accelerator.num_processes
-    share = draw(sequences, count, generator)[accelerator.process_index :: accelerator.num_processes]
-    return [to_device(share[index :: config.grad_accum], accelerator.device) for index in range(config.grad_accum)]
+def micro_batches_of(step: Sequence[bytes], config: Config, accelerator: Accelerator) -> list[Batch]:
+    """Return this process's share of the sequences of one optimizer step, as `grad_accum` batches, maybe empty ones."""
+    share = step[accelerator.process_index :: accelerator.num_processes]
+    return [
+        to_device(to_batch(share[index :: config.grad_accum], config.layout, config.seq_len + 1), accelerator.device)
+        for index in range(config.grad_accum)
+    ]
 
 
-def to_device(sequences: Sequence[bytes], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Collate sequences and move them to a device."""
-    x, lens = collate(sequences)
-    return x.to(device), lens.to(device)
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to a device."""
+    return {name: t.to(device) for name, t in batch.items()}
 
 
-def optimizer_step(
-    accelerator: Accelerator, model: Module, optimizer: Optimizer, micro_batches: list[tuple[Tensor, Tensor]]
-) -> float:
+def optimizer_step(accelerator: Accelerator, model: Module, optimizer: Optimizer, micro_batches: list[Batch]) -> float:
     """Take one step on the loss of all micro-batches of all processes together; return that loss (nats, as weighted).
 
     They share one normalizer, so the step is the same however its sequences are spread.
     """
     wrapper = accelerator.unwrap_model(model)
-    normalizer = global_normalizer(sum(wrapper.loss_normalizer(x, lens=lens) for x, lens in micro_batches))
+    normalizer = global_normalizer(sum(wrapper.loss_normalizer(**batch) for batch in micro_batches))
     total = torch.zeros((), device=accelerator.device)
-    for index, (x, lens) in enumerate(micro_batches):
+    for index, batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            loss = model(x, lens=lens, normalizer=normalizer)
+            loss = model(**batch, normalizer=normalizer)
             accelerator.backward(loss)
         total += loss.detach()
     accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -112,7 +110,8 @@ def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes],
     share = batches[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(share, desc='validation', leave=False, disable=not accelerator.is_main_process)
     model.eval()
-    found = list(costs(accelerator.unwrap_model(model), (to_device(batch, accelerator.device) for batch in bar)))
+    on_device = (to_device(to_batch(batch), accelerator.device) for batch in bar)
+    found = list(costs(accelerator.unwrap_model(model), on_device))
     model.train()
     return report(gather_object(found))
 
@@ -120,8 +119,8 @@ def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes],
 def sample(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], length: int) -> str:
     """Return how the model goes on from the beginnings of three held-out sequences."""
     prompts = [sequence[:PROMPT] for sequence in held_out[:3]]
-    x, lens = to_device(prompts, accelerator.device)
-    generated = accelerator.unwrap_model(model).generate(x, length, prompt_lens=lens)  # (b, length), prompts left out
+    batch = to_device(to_batch(prompts), accelerator.device)
+    generated = accelerator.unwrap_model(model).generate(batch['x'], length, prompt_lens=batch['lens'])  # (b, length)
     return '\n'.join(
         f'{"-" * 30}\n{printable(prompt)} >>> {printable(bytes(ids))}'
         for prompt, ids in zip(prompts, generated.tolist(), strict=True)
@@ -165,10 +164,12 @@ def train(config: Config) -> None:
             print(json.dumps(record), file=metrics, flush=True)
 
         for step in (bar := tqdm(range(1, config.steps + 1), desc='training', disable=not main)):
-            micro_batches = draw_micro_batches(split.train, config, accelerator, generator)
-            loss = optimizer_step(accelerator, model, optimizer, micro_batches)
-            bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
-            log(step=step, train_loss=loss)
+            start = time.perf_counter()
+            sequences = draw(split.train, config.batch_size * config.grad_accum, generator)  # of all processes
+            loss = optimizer_step(accelerator, model, optimizer, micro_batches_of(sequences, config, accelerator))
+            tokens_per_second = sum(map(len, sequences)) / (time.perf_counter() - start)
+            bar.set_postfix(loss=f'{loss:.3f}', tokens_per_second=f'{tokens_per_second:,.0f}', refresh=False)
+            log(step=step, train_loss=loss, tokens_per_second=round(tokens_per_second))
 
             is_last = step == config.steps
             if is_last or step % config.validate_every == 0:

@@ -91,7 +91,7 @@ def oracle(p: Problem) -> Solution:
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """max|Δ| / max|want| is within `tolerance`, and exact zeros stay exact."""
+    """max|Δ| / max|want| is within `tolerance`."""
     assert got.shape == want.shape
     off, scale = (got.double() - want).abs(), want.abs()
     if want.numel():
@@ -191,6 +191,15 @@ def test_weights_of_another_dtype_and_strided_tensors() -> None:
         assert_near(t.grad, want, 1e-5)
 
 
+def test_token_weights_are_constants() -> None:
+    p = problem(9, 3, 7)
+    p.token_weight.requires_grad_()
+    loss, _ = p.solve()
+    assert torch.autograd.grad(loss, (p.embed, p.token_weight), allow_unused=True)[1] is None
+    frozen = Problem(*(t.detach() for t in p[:4]), p.token_weight)
+    assert not frozen.solve()[0].requires_grad
+
+
 def test_zero_weights_are_exact() -> None:
     """A row that weighs nothing leaves no trace, not even by rounding."""
     p = problem(9, 3, 7, dtype=torch.float32)
@@ -235,8 +244,8 @@ def certain(n: int, d: int, v: int, probability: float) -> Problem:
         others = z.index_put((rows, target), torch.tensor(-math.inf).double()).logsumexp(dim=1)
         off = others - z[rows, target] - margin
         embed = embed + 0.5 * (off / weight[target].square().sum(dim=1))[:, None] * weight[target]
-    weight = torch.rand(n) + 0.5, weight  # none of the weights is 0: each must be exact
-    return Problem(embed.float().requires_grad_(), weight[1].float().requires_grad_(), None, target, weight[0])
+    token_weight = torch.rand(n) + 0.5  # none is 0: every row must be exact
+    return Problem(embed.float().requires_grad_(), weight.float().requires_grad_(), None, target, token_weight)
 
 
 @pytest.mark.parametrize('chunk', [None, 7])
@@ -671,7 +680,7 @@ def fusings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 class LoRALinear(nn.Linear):
-    """The weight is frozen, and a product of two thin ones is learned beside it."""
+    """Adds a product of two thin matrices to the weight."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -953,6 +962,19 @@ def test_compiled_with_frozen_parts(frozen: str, compiled: Callable[..., Any]) -
     for name, p in wrapper.named_parameters():
         p.requires_grad_(('to_logits' in name) == (frozen == 'trunk'))
     assert_same_gradients(gradients(compiled(wrapper)(X), wrapper), gradients(wrapper(X), wrapper), 1e-5)
+
+
+def test_compiled_with_nan_where_nothing_counts(compiled: Callable[..., Any]) -> None:
+    wrapper = AutoregressiveWrapper(decoder(), fused=True)
+    want = wrapper(X, **MASKED)
+    want_grads = gradients(want, wrapper)
+    holes = torch.arange(9) >= MASKED['lens'][:, None] - 1
+    wrapper.net.attn_layers.register_forward_hook(
+        lambda _, __, out: (out[0].masked_fill(holes[..., None], math.nan), out[1])
+    )
+    loss = compiled(wrapper)(X, **MASKED)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_gradients(gradients(loss, wrapper), want_grads, 1e-5)
 
 
 def test_compiled_without_gradients(compiled: Callable[..., Any]) -> None:

@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -273,11 +275,22 @@ def test_too_little_text_is_refused(kind, text):
         split(kind, text)
 
 
-def test_batches():
-    x, lens = enwik8_sequences.collate([b'abc', b'\xff', b'de'])
-    assert x.tolist() == [[97, 98, 99], [255, 0, 0], [100, 101, 0]]
-    assert lens.tolist() == [3, 1, 2]
-    assert x.dtype == lens.dtype == torch.int64
+def test_padded_batches():
+    batch = enwik8_sequences.to_batch([b'abc', b'\xff', b'de'])
+    assert batch['x'].tolist() == [[97, 98, 99], [255, 0, 0], [100, 101, 0]]
+    assert batch['lens'].tolist() == [3, 1, 2]
+    assert batch['x'].dtype == batch['lens'].dtype == torch.int64
+
+
+def test_packed_batches():
+    batch = enwik8_sequences.to_batch([b'abc', b'\xff', b'de'], 'packed', row_len=4)
+    assert batch['x'].tolist() == [[97, 98, 99, 255], [100, 101, 0, 0]]
+    assert batch['segment_ids'].tolist() == [[1, 1, 1, 2], [3, 3, 0, 0]]
+
+
+def test_batch_of_no_sequences():
+    assert enwik8_sequences.to_batch([])['x'].shape[0] == 0
+    assert enwik8_sequences.to_batch([], 'packed', row_len=4)['x'].shape[0] == 0
 
 
 def test_draws_follow_the_generator():
@@ -303,8 +316,8 @@ class FixedLoss(nn.Module):
 
 def test_bits_per_byte_by_hand():
     batches = [
-        (torch.tensor([[9, 1, 2, 0], [9, 9, 9, 9]]), torch.tensor([3, 1])),  # 3 nats on 2 targets; none
-        (torch.tensor([[7, *[4] * 9]]), torch.tensor([10])),  # 36 nats on 9 targets
+        {'x': torch.tensor([[9, 1, 2, 0], [9, 9, 9, 9]]), 'lens': torch.tensor([3, 1])},  # 3 nats on 2 targets; none
+        {'x': torch.tensor([[7, *[4] * 9]]), 'lens': torch.tensor([10])},  # 36 nats on 9 targets
     ]
     rows = enwik8_report.report(enwik8_report.costs(FixedLoss(), batches))
     bit = math.log(2)
@@ -450,3 +463,37 @@ def test_a_step_is_the_same_in_one_micro_batch_or_four(monkeypatch):
     assert whole[-1]['bits_per_byte'][-1]['over_tokens'] == pytest.approx(
         split[-1]['bits_per_byte'][-1]['over_tokens'], rel=1e-5
     )
+
+
+def test_packed_rows_train_the_same():
+    padded, _ = run('--data', 'builtin', '--equal-loss-weight-batch')
+    packed, _ = run('--data', 'builtin', '--equal-loss-weight-batch', '--layout', 'packed')
+    for one, other in zip(padded, packed, strict=True):
+        assert one.get('train_loss', 0.0) == pytest.approx(other.get('train_loss', 0.0), rel=1e-5)
+
+
+def test_packing_refuses_what_mixes_sequences():
+    with pytest.raises(ConfigError, match=r'--no-orthog-values'):
+        resolve(Config(preset='base', layout='packed'), torch.device('cpu'))
+
+
+@pytest.mark.parametrize('batch', ['--batch-size 6 --grad-accum 2', '--batch-size 1 --layout packed'])
+def test_two_processes_train_like_one(folder, batch):
+    """The same global batches; of a batch of one sequence, the second process gets none."""
+    options = [*TINY, *batch.split(), *'--data builtin --steps 20 --held-out 4 --equal-loss-weight-batch'.split()]
+    script = str(EXAMPLES / 'train_enwik8.py')
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+    def losses(name: str, processes: int) -> list[float]:
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        done = subprocess.run(
+            [*command, script, *options, '--name', name], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert f' x {processes}\n' in done.stdout
+        lines = Path('runs', name, 'metrics.jsonl').read_text().splitlines()
+        return [record['train_loss'] for record in map(json.loads, lines) if 'train_loss' in record]
+
+    one, two = losses('one', 1), losses('two', 2)
+    assert len(one) == 20
+    assert two == pytest.approx(one, rel=1e-3)
