@@ -71,25 +71,24 @@ def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> 
 
 
 class _CrossEntropy(Function):
-    """Saves the logits and two numbers a row; the backward exponentiates again, straight into the gradient."""
+    """Saves the logits and three numbers a row; the backward exponentiates again, straight into the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         t, v = logits.shape
         dtype = loss_dtype(logits.dtype)
-        logsumexp, margin = (torch.empty(t, 1, dtype=dtype, device=logits.device) for _ in range(2))
+        margin, m, s = (torch.empty(t, 1, dtype=dtype, device=logits.device) for _ in range(3))
 
         for rows in row_chunks(t, _chunk_size(t, v, dtype)):
             z = logits[rows].to(dtype, copy=True).masked_fill_(~counted[rows, None], 0)  # (r, v)
-            margin[rows], m, s = exp_others_(z, target[rows])
-            logsumexp[rows] = m + s.log()
+            margin[rows], m[rows], s[rows] = exp_others_(z, target[rows])
 
-        ctx.save_for_backward(logits, target, counted, logsumexp, margin)
+        ctx.save_for_backward(logits, target, counted, margin, m, s)
         return torch.where(counted, F.softplus(margin).squeeze(1), 0)
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:
-        logits, target, counted, logsumexp, margin = ctx.saved_tensors
+        logits, target, counted, margin, m, s = ctx.saved_tensors
 
         if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated again
             nll = composite_cross_entropy(logits, target, counted)
@@ -98,13 +97,12 @@ class _CrossEntropy(Function):
 
         (t, v), dtype = logits.shape, loss_dtype(logits.dtype)
         grad = torch.empty_like(logits)
-        logsumexp = logsumexp.clamp(min=torch.finfo(dtype).min)  # -inf - -inf is NaN
-        slope = torch.where(counted[:, None], margin.sigmoid() * grad_nll[:, None], 0)  # (t, 1)
+        slope = torch.where(counted[:, None], margin.sigmoid() * grad_nll[:, None], 0)  # (t, 1), what the others share
 
         for rows in row_chunks(t, _chunk_size(t, v, dtype)):
             z = grad[rows] if logits.dtype == dtype else torch.empty_like(grad[rows], dtype=dtype)  # (r, v)
             z.copy_(logits[rows]).masked_fill_(~counted[rows, None], 0)
-            z.sub_(logsumexp[rows]).exp_().mul_(slope[rows])
+            z.sub_(m[rows]).exp_().mul_(slope[rows] / s[rows].clamp(min=1))
             z.scatter_(1, target[rows, None], -slope[rows])
             if logits.dtype != dtype:
                 grad[rows] = z

@@ -149,6 +149,8 @@ def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _scale_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
     grads = zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
     return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 5
 

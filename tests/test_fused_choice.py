@@ -1,0 +1,272 @@
+"""Where the wrapper fuses head and loss, and where it takes the logits path."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import x_transformers
+from networks import Stub, assert_same_gradients, decoder, gradients
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
+from x_transformers import Decoder, TransformerWrapper
+
+from xtloss import AutoregressiveWrapper, linear_cross_entropy
+from xtloss.head import why_not_linear
+
+
+@pytest.fixture
+def fusings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The shapes of embed, one for each time that the wrapper fused head and loss."""
+    seen = []
+
+    def spy(embed: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        seen.append(tuple(embed.shape))
+        return linear_cross_entropy(embed, *args, **kwargs)
+
+    monkeypatch.setattr('xtloss.token_losses.linear_cross_entropy', spy)
+    return seen
+
+
+class LoRALinear(nn.Linear):
+    """Adds a product of two thin matrices to the weight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.a, self.b = nn.Parameter(torch.randn(2, self.in_features)), nn.Parameter(torch.randn(self.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.a.t() @ self.b.t()
+
+
+class OwnNetwork(TransformerWrapper):
+    """A subclass, which may do anything in its forward."""
+
+
+def own_network() -> TransformerWrapper:
+    layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
+    return OwnNetwork(num_tokens=11, max_seq_len=32, attn_layers=layers)
+
+
+def with_head(head: Callable[[], nn.Module]) -> Callable[[], TransformerWrapper]:
+    return lambda: decoder(to_logits=head())
+
+
+def after(change: Callable[[TransformerWrapper], Any], **network: Any) -> Callable[[], TransformerWrapper]:
+    """A network that was changed after it was built."""
+
+    def make() -> TransformerWrapper:
+        net = decoder(**network)
+        change(net)
+        return net
+
+    return make
+
+
+def copied(change_copy: bool) -> TransformerWrapper:
+    """A copy of a network with a tied head: its head reads the weight of the original."""
+    original = decoder(tie_embedding=True)
+    clone = copy.deepcopy(original)
+    with torch.no_grad():
+        (clone if change_copy else original).token_emb.emb.weight.mul_(2)
+    return clone
+
+
+def doubled(_: nn.Module, __: Any, output: Any) -> Any:
+    return (output[0] * 2, output[1]) if isinstance(output, tuple) else output * 2
+
+
+X = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(1))
+PREPENDED = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(2))
+
+# networks and calls that are fused
+PLAIN: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any]]] = {
+    'plain': (decoder, {}),
+    'lens': (decoder, {'lens': torch.tensor([9, 1, 4])}),
+    'bias': (with_head(lambda: nn.Linear(16, 11)), {}),
+    'more words than tokens': (lambda: decoder(logits_dim=13), {}),
+    'tied': (lambda: decoder(tie_embedding=True), {}),
+    'tied, own scale': (lambda: decoder(tie_embedding=True, tie_embedding_scale=0.5), {}),
+    'tied, l2norm': (lambda: decoder(tie_embedding=True, l2norm_embed=True), {}),
+    'scale set later': (
+        after(lambda net: setattr(net, 'tie_embedding_scale', 3.0), tie_embedding_scale=1.0, tie_embedding=True),
+        {},
+    ),
+    'memory tokens': (lambda: decoder(num_memory_tokens=2), {}),
+    'wider embeddings': (lambda: decoder(emb_dim=24), {}),
+    'prepend_embeds': (decoder, {'prepend_embeds': PREPENDED, 'lens': torch.tensor([9, 2, 4])}),
+    'hooks on the layers': (after(lambda net: net.attn_layers.register_forward_hook(doubled)), {}),
+    'head replaced by a linear one': (after(lambda net: setattr(net, 'to_logits', nn.Linear(16, 11))), {}),
+    'arguments that are None': (decoder, {'to_logits_kwargs': None, 'return_logit_entropies': None, 'pos': None}),
+}
+
+# networks and calls that are not, and what a ValueError says
+LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
+    'deep head': (with_head(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 11))), {}, 'head is a Sequential'),
+    'LoRA': (with_head(lambda: LoRALinear(16, 11)), {}, 'head is a LoRALinear'),
+    'function': (lambda: decoder(to_logits=lambda x: x[..., :11]), {}, 'head is a function'),
+    'hook on the head': (after(lambda net: net.to_logits.register_forward_hook(doubled)), {}, 'head has hooks'),
+    'pre-hook on the head': (
+        after(lambda net: net.to_logits.register_forward_pre_hook(lambda _, args: (args[0] * 2,))),
+        {},
+        'head has hooks',
+    ),
+    'backward hook on the head': (
+        after(lambda net: net.to_logits.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))),
+        {},
+        'head has hooks',
+    ),
+    'backward pre-hook on the head': (
+        after(lambda net: net.to_logits.register_full_backward_pre_hook(lambda m, go: (go[0] * 2,))),
+        {},
+        'head has hooks',
+    ),
+    'other forward of the head': (
+        after(lambda net: setattr(net.to_logits, 'forward', lambda x: x[..., :11])),
+        {},
+        'head has .*another forward',
+    ),
+    'hook on the network': (after(lambda net: net.register_forward_hook(doubled)), {}, 'network has hooks'),
+    'pre-hook on the network': (
+        after(lambda net: net.register_forward_pre_hook(lambda _, args: (args[0].flip(0),))),
+        {},
+        'network has hooks',
+    ),
+    'weight_norm': (after(lambda net: parametrizations.weight_norm(net.to_logits)), {}, 'Parametrized'),
+    'spectral_norm': (after(lambda net: spectral_norm(net.to_logits)), {}, 'head has hooks'),
+    'pruned': (after(lambda net: prune.l1_unstructured(net.to_logits, 'weight', 5)), {}, 'head has hooks'),
+    'mixture of softmax': (lambda: decoder(mixture_of_softmax=True), {}, 'mixture_of_softmax'),
+    'sigsoftmax': (lambda: decoder(sigsoftmax_logits=True), {}, 'sigsoftmax_logits'),
+    'looped': (lambda: decoder(looped=True, layers_pre_and_post_norm=True), {}, 'looped'),
+    'attn_pool': (lambda: decoder(attn_pool=True), {}, 'attn_pool'),
+    'squeeze_out_last_dim': (lambda: decoder(squeeze_out_last_dim=True), {}, 'squeeze_out_last_dim'),
+    'subclassed network': (own_network, {}, 'network is a OwnNetwork'),
+    'copy of a tied network': (lambda: copied(change_copy=False), {}, 'tied'),
+    'copy of a tied network, changed': (lambda: copied(change_copy=True), {}, 'tied'),
+    'head of another network': (
+        after(lambda net: setattr(net, 'to_logits', decoder(tie_embedding=True, seed=4).to_logits), tie_embedding=True),
+        {},
+        'tied',
+    ),
+    'return_outputs': (decoder, {'return_outputs': True}, 'return_outputs'),
+    'return_logit_entropies': (decoder, {'return_logit_entropies': True}, 'return_logit_entropies'),
+    'to_logits_kwargs': (decoder, {'to_logits_kwargs': {}}, 'to_logits_kwargs'),
+}
+
+# the same, but x-transformers' own loss cannot be had of them, or not in every release
+NO_LOSS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
+    'num_output_heads': (lambda: decoder(num_output_heads=2), {}, 'num_output_heads'),
+    'use_cls_token': (lambda: decoder(use_cls_token=True), {}, 'use_cls_token'),
+    'average_pool_embed': (lambda: decoder(average_pool_embed=True), {}, 'average_pool_embed'),
+    'return_only_embed': (lambda: decoder(return_only_embed=True), {}, 'return_only_embed'),
+    'return_logits_and_embeddings': (decoder, {'return_logits_and_embeddings': True}, 'return_logits_and_embeddings'),
+    'excise_prepend_embeds': (decoder, {'excise_prepend_embeds': True}, 'excise_prepend_embeds'),
+    'return_embeddings': (decoder, {'return_embeddings': True}, 'return_embeddings'),
+    'an argument of the future': (decoder, {'head_temperature': 2.0}, 'head_temperature'),
+    'not x-transformers': (lambda: Stub(torch.zeros(3, 9, 11)), {}, 'network is a Stub'),
+}
+
+
+def built(make: Callable[[], TransformerWrapper]) -> TransformerWrapper:
+    """The network, from a seed; skipped where this release of x-transformers lacks an option."""
+    torch.manual_seed(3)
+    try:
+        return make()
+    except TypeError as error:
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        pytest.skip(f'x-transformers has no such option: {error}')
+
+
+def loss_of(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def assert_like_upstream(make: Callable[[], TransformerWrapper], call: dict[str, Any], fused: str | bool) -> None:
+    """Loss and gradients are upstream's, whatever the decision was."""
+    ours, theirs = AutoregressiveWrapper(built(make), fused=fused), x_transformers.AutoregressiveWrapper(built(make))
+    losses = []
+    for wrapper in (ours, theirs):
+        torch.manual_seed(5)
+        losses.append(loss_of(wrapper(X, **call)))
+    tolerance = 1e-4 if ours.net.looped else 1e-5
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=tolerance)
+    assert_same_gradients(gradients(losses[0], ours), gradients(losses[1], theirs), tolerance)
+
+
+@pytest.mark.parametrize('name', PLAIN)
+def test_what_is_fused(name: str, fusings: list[tuple[Any, ...]]) -> None:
+    make, call = PLAIN[name]
+    call = {k: v for k, v in call.items() if k not in ('to_logits_kwargs', 'return_logit_entropies')}
+    assert_like_upstream(make, call, fused=True)
+    assert_like_upstream(make, call, fused='auto')
+    AutoregressiveWrapper(built(make), fused='auto')(X, **PLAIN[name][1] | call)
+    assert len(fusings) == 3
+
+
+@pytest.mark.parametrize('name', LOGITS)
+def test_what_takes_the_logits_path(name: str, fusings: list[tuple[Any, ...]]) -> None:
+    make, call, reason = LOGITS[name]
+    assert_like_upstream(make, call, fused='auto')
+    assert not fusings
+    with pytest.raises(ValueError, match=rf'^fused=True, but .*{reason}'):
+        AutoregressiveWrapper(built(make), fused=True)(X, **call)
+
+
+@pytest.mark.parametrize('name', NO_LOSS)
+def test_what_is_not_fused_either(name: str) -> None:
+    make, call, reason = NO_LOSS[name]
+    net = built(make)
+    assert reason in why_not_linear(net, list(call))
+    with pytest.raises(ValueError, match=rf'^fused=True, but .*{reason}'):
+        AutoregressiveWrapper(net, fused=True)(X, **call)
+
+
+def test_false_never_fuses(fusings: list[tuple[Any, ...]]) -> None:
+    AutoregressiveWrapper(decoder(), fused=False)(X)
+    assert not fusings
+
+
+def test_the_original_of_a_copy_is_fused_still(fusings: list[tuple[Any, ...]]) -> None:
+    original = AutoregressiveWrapper(decoder(tie_embedding=True), fused=True)
+    copy.deepcopy(original)
+    original(X)
+    assert len(fusings) == 1
+
+
+def test_a_hook_that_is_removed_is_forgotten(fusings: list[tuple[Any, ...]]) -> None:
+    wrapper = AutoregressiveWrapper(decoder())
+    handle = wrapper.net.to_logits.register_forward_hook(doubled)
+    wrapper(X)
+    assert not fusings
+    handle.remove()
+    wrapper(X)
+    assert len(fusings) == 1
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.usefixtures('process_group')
+def test_a_sharded_weight_is_not_fused(tied: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    net = decoder(tie_embedding=tied)
+    holder = net.token_emb.emb if tied else net.to_logits
+    assert why_not_linear(net, []) is None
+    holder.weight = nn.Parameter(distribute_tensor(holder.weight.detach(), init_device_mesh('cpu', (1,)), [Shard(0)]))
+    assert 'DTensor' in why_not_linear(net, [])
+    with pytest.raises(ValueError, match='DTensor'):
+        AutoregressiveWrapper(net, fused=True)(X)

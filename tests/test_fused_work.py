@@ -1,0 +1,130 @@
+"""Head and loss in one do what is needed and no more: products, memory, operations, host syncs."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import x_transformers
+from fused_problem import NAMES, Operations, assert_near, oracle, problem
+from networks import decoder, gradients
+from torch import nn
+
+from xtloss import AutoregressiveWrapper
+
+WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
+
+
+@pytest.mark.parametrize('needed', list(itertools.product([True, False], repeat=3)))
+def test_frozen_parts_cost_nothing(needed: tuple[bool, bool, bool]) -> None:
+    v = 65
+    p = problem(8, 16, v)
+    for t, flag in zip(p.inputs, needed, strict=True):
+        t.requires_grad_(flag)
+    with Operations(v) as seen:
+        loss, _ = p.solve()
+        if any(needed):
+            loss.backward()
+    assert seen.products == 1 + needed[0] + needed[1]
+    assert loss.requires_grad == any(needed)
+    for name, flag in zip(NAMES, needed, strict=True):
+        grad = getattr(p, name).grad
+        assert (grad is not None) == flag
+        if flag:
+            assert_near(grad, oracle(p).grads[name], 1e-12)
+
+
+@pytest.mark.parametrize('off', [torch.no_grad, torch.inference_mode])
+def test_no_gradient_work_without_gradients(off: Callable[[], Any]) -> None:
+    p = problem(8, 16, 65)
+    with Operations(65) as seen, off():
+        loss, token_loss = p.solve()
+    assert seen.products == 1
+    assert loss.item() == pytest.approx(oracle(p).loss, rel=1e-12)
+    assert_near(token_loss, oracle(p).token_loss, 1e-12)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}])
+def test_products_of_a_training_step(network: dict[str, Any]) -> None:
+    """Three with the head, two where the network or the head is frozen, one in evaluation; none for what is masked."""
+    v = 1009
+    net, x = decoder(num_tokens=v, **network), torch.randint(0, v, (3, 9))
+    wrapper = AutoregressiveWrapper(net, fused=True)
+    head = net.token_emb.emb.weight if network else net.to_logits.weight
+
+    def products(**call: Any) -> int:
+        with Operations(v) as seen:
+            loss = wrapper(x, **call)
+            if loss.requires_grad:
+                loss.backward()
+        assert not any(16 in shape and shape[0] > 24 for (_, shapes) in seen.seen for shape in shapes if v not in shape)
+        return seen.products
+
+    assert products() == 3
+    assert products(lens=torch.tensor([9, 2, 0])) == 3
+    with torch.no_grad():
+        assert products() == 1
+    head.requires_grad_(False)
+    assert products() == 2
+    for p in net.parameters():
+        p.requires_grad_(p is head and not network)
+    assert products() == (1 if network else 2)
+
+
+def test_only_counted_rows_reach_the_head() -> None:
+    v = 1009
+    net, x = decoder(num_tokens=v), torch.randint(0, v, (3, 9))
+    with Operations(v) as seen:
+        AutoregressiveWrapper(net, fused=True)(x, lens=torch.tensor([9, 2, 0])).backward()
+    rows = {shape[0] for _, shapes in seen.seen for shape in shapes if shape[1:] == (v,)}
+    assert rows - {16} == {8 + 1}  # 16: the head, transposed
+
+
+def test_no_tensor_of_logits_size() -> None:
+    n, d, v, chunk = 67, 8, 509, 16
+    p = problem(n, d, v, dtype=torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        with Operations(v) as seen, torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
+            p.solve(chunk_size=chunk)[0].backward()
+        assert seen.largest == chunk * v
+    with Operations(v) as seen:
+        F.cross_entropy(F.linear(p.embed, p.weight, p.bias), p.target).backward()
+    assert seen.largest >= n * v
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_every_weighting_runs_the_same_operations(fused: bool) -> None:
+    v = 1009
+    net, x, lens = decoder(num_tokens=v), torch.randint(0, v, (3, 9)), torch.tensor([9, 4, 6])
+
+    def operations(weighting: str | float, fused: bool = fused, **call: Any) -> Counter[Any]:
+        with Operations(v) as seen:
+            gradients(AutoregressiveWrapper(net, loss_weighting=weighting, fused=fused)(x, lens=lens, **call), net)
+        return seen.seen
+
+    want = operations('token')
+    assert want.total() > 10
+    assert want != operations('token', fused=not fused)
+    for weighting in WEIGHTINGS:
+        assert operations(weighting) == want
+        assert operations(weighting, loss_weight=torch.randn(3, 9), normalizer=torch.tensor(2.0)) == want
+
+
+def test_one_host_sync() -> None:
+    """The indices of the counted rows, in the forward pass of the fused path. No other value is read."""
+    net, x = decoder(), torch.randint(0, 11, (3, 9))
+    call = {'lens': torch.tensor([9, 4, 6]), 'loss_mask': torch.rand(3, 9) < 0.8, 'normalizer': torch.tensor(2.0)}
+
+    def syncs(wrapper: nn.Module, **call: Any) -> Counter[str]:
+        with Operations(11) as seen:
+            wrapper(x, **call).backward()
+        reads = ('nonzero', '_local_scalar_dense', 'is_nonzero', 'masked_select', 'unique', '_unique2', 'equal')
+        return Counter({name: seen.names[name] for name in reads if name in seen.names})
+
+    usual = syncs(x_transformers.AutoregressiveWrapper(net))
+    assert syncs(AutoregressiveWrapper(net, fused=False), **call) == usual
+    assert syncs(AutoregressiveWrapper(net, fused=True), **call) == usual + Counter(nonzero=1)
