@@ -66,7 +66,8 @@ def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> 
     """Compute the same from operations that autograd knows, for transforms and compilers."""
     z = torch.where(counted[:, None], logits, 0).to(loss_dtype(logits.dtype))  # (t, v)
     is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]
-    margin = z.masked_fill(is_target, -torch.inf).logsumexp(dim=1) - z.gather(1, target[:, None]).squeeze(1)
+    ahead = z - z.gather(1, target[:, None])  # of the target; small, so that its logsumexp is exact
+    margin = ahead.masked_fill(is_target, -torch.inf).logsumexp(dim=1)
     return torch.where(counted, F.softplus(margin), 0)
 
 
