@@ -183,6 +183,8 @@ def train(config: Config) -> None:
     if main:
         draw_by_length({config.name: rows}, folder / PICTURE)
     say(f'\n{table(rows)}\n\n{folder}: config.json, {METRICS}, {PICTURE}')
+    accelerator.wait_for_everyone()
+    model, optimizer = accelerator.free_memory(model, optimizer)  # the last owner of a process group may hang
     accelerator.end_training()
 
 

@@ -487,7 +487,12 @@ def test_two_processes_train_like_one(folder, batch):
     def losses(name: str, processes: int) -> list[float]:
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
         done = subprocess.run(
-            [*command, script, *options, '--name', name], env=environment, capture_output=True, text=True, check=False
+            [*command, script, *options, '--name', name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         assert f' x {processes}\n' in done.stdout
