@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -110,7 +111,7 @@ def last_report(run: Path) -> list[Row]:
     return [Row(**row) for row in [record['bits_per_byte'] for record in records if 'bits_per_byte' in record][-1]]
 
 
-def main(runs: tuple[Path, ...], out: Path = Path(PICTURE)) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path(PICTURE)) -> None:
     """Compare finished runs.
 
     Args:
@@ -125,6 +126,4 @@ def main(runs: tuple[Path, ...], out: Path = Path(PICTURE)) -> None:
 
 
 if __name__ == '__main__':
-    import tyro
-
     tyro.cli(main)

@@ -169,6 +169,7 @@ def table(measured: dict[str, dict[str, float]], noise: float) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Train both wrappers as the command line says, measure, and draw."""
     config = tyro.cli(Config, args=args)
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
     folder = Path('runs') / config.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')

@@ -46,10 +46,10 @@ class Config:
     dim: int = 64
     depth: int = 2
     heads: int = 4
-    batch_size: int = 64
+    batch_size: int = 32
     learning_rate: float = 1e-3
-    steps: int = 600
-    """Optimizer steps of each training."""
+    measure_after: tuple[int, ...] = (100, 300)
+    """Optimizer steps after which accuracy is measured; a training ends after the last."""
     held_out: int = 1024
     """Sequences to measure on."""
     seed: int = 0
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 def draw(count: int, num_tokens: int, generator: Generator) -> Batch:
-    """Draw sequences with lengths from 1 to 64, all scales alike: as many of 1 to 2 tokens as of 32 to 64."""
+    """Draw sequences with lengths from 1 to 64, all scales alike: as many of 1 token as of 32 to 64."""
     longest = EDGES[-1] - 1
     lens = (math.log(longest + 1) * torch.rand(count, generator=generator)).exp().long().clamp(1, longest)
     src = torch.randint(FIRST, FIRST + num_tokens, (count, longest), generator=generator)
@@ -92,21 +92,6 @@ def build_model(config: Config) -> XTransformer:
     return XTransformer(dim=config.dim, tie_token_emb=True, ignore_index=IGNORE, pad_value=START, **parts)
 
 
-def train(label: str, model: nn.Module, config: Config) -> None:
-    """Train one model on batches that hang on the seed alone."""
-    generator = Generator().manual_seed(config.seed)
-    optimizer = Adam(model.parameters(), lr=config.learning_rate)
-    bar = tqdm(range(config.steps), desc=label)
-    for _ in bar:
-        batch = draw(config.batch_size, config.num_tokens, generator)
-        loss = model(batch.src, batch.tgt, mask=batch.mask)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
-
-
 class Row(NamedTuple):
     """Of the sequences of some lengths: the part of tokens, and of whole sequences, that are copied right."""
 
@@ -118,7 +103,7 @@ class Row(NamedTuple):
 
 @torch.no_grad()
 def measure(model: nn.Module, batch: Batch) -> list[Row]:
-    """Return a row for each bucket of lengths, and one for all.
+    """Return a row for each bucket of lengths that is not empty, and one for all.
 
     A token is right if it is the likeliest after the right ones before it. So greedy decoding gives exactly the
     sequences all of whose tokens are right.
@@ -138,7 +123,27 @@ def measure(model: nn.Module, batch: Batch) -> list[Row]:
             (tokens == lens)[chosen].float().mean().item(),
         )
         for name, chosen in (buckets | {'all': lens > 0}).items()
+        if chosen.any()
     ]
+
+
+def train(label: str, model: nn.Module, config: Config, held_out: Batch) -> dict[int, list[Row]]:
+    """Train one model on batches that hang on the seed alone; return what it can copy after each `measure_after`."""
+    generator = Generator().manual_seed(config.seed)
+    optimizer = Adam(model.parameters(), lr=config.learning_rate)
+    measured = {}
+    bar = tqdm(range(1, max(config.measure_after) + 1), desc=label)
+    for step in bar:
+        batch = draw(config.batch_size, config.num_tokens, generator)
+        loss = model(batch.src, batch.tgt, mask=batch.mask)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
+        if step in config.measure_after:
+            measured[step] = measure(model, held_out)
+    return measured
 
 
 def table(reports: dict[str, list[Row]]) -> str:
@@ -155,41 +160,51 @@ def table(reports: dict[str, list[Row]]) -> str:
     return '\n'.join(lines)
 
 
-def draw_by_length(reports: dict[str, list[Row]], path: Path) -> None:
-    """Draw the part of whole sequences that each weighting's model copies right, by length."""
-    figure = Figure(figsize=(7, 4), layout='constrained')
-    axes = figure.add_subplot()
-    width = 0.8 / len(reports)
-    for index, (name, rows) in enumerate(reports.items()):
-        where = [group + width * (index - (len(reports) - 1) / 2) for group in range(len(rows))]
-        bars = axes.bar(where, [100 * row.whole for row in rows], width, label=name)
-        axes.bar_label(bars, fmt='%.0f', fontsize=8, padding=2)
-    axes.set_xticks(range(len(rows)), [row.lengths for row in rows])
-    axes.set_xlabel('tokens of the sequence')
-    axes.set_ylabel('sequences copied without a mistake, %')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, ncols=len(reports), loc='lower center', bbox_to_anchor=(0.5, 1.0))
+def draw_by_length(measured: dict[int, dict[str, list[Row]]], path: Path) -> None:
+    """Draw the part of tokens that each weighting's model copies right, by length of the sequence, a panel a moment."""
+    figure = Figure(figsize=(5 * len(measured) + 1, 4), layout='constrained')
+    panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for axes, (step, reports) in zip(panels, measured.items(), strict=True):
+        width = 0.8 / len(reports)
+        for index, (name, rows) in enumerate(reports.items()):
+            where = [group + width * (index - (len(reports) - 1) / 2) for group in range(len(rows))]
+            bars = axes.bar(where, [100 * row.tokens for row in rows], width, label=name)
+            axes.bar_label(bars, fmt='%.0f', fontsize=8, padding=2)
+        axes.set_xticks(range(len(rows)), [row.lengths for row in rows])
+        axes.set_xlabel('tokens of the sequence')
+        axes.set_title(f'after {step} steps')
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('tokens copied right, %')
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=len(reports), loc='outside upper center')
     figure.savefig(path, dpi=144)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train once for each weighting as the command line says, measure, and draw."""
     config = tyro.cli(Config, args=args)
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
     folder = Path('runs') / config.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
 
     held_out = draw(config.held_out, config.num_tokens, Generator().manual_seed(config.seed + 1))
-    reports = {}
-    for weighting in config.weightings:
-        model = upgrade_(build_model(config), loss_weighting=weighting)
-        train(weighting, model, config)
-        reports[weighting] = measure(model.eval(), held_out)
+    trained = {
+        weighting: train(weighting, upgrade_(build_model(config), loss_weighting=weighting), config, held_out)
+        for weighting in config.weightings
+    }
+    measured = {
+        step: {weighting: rows[step] for weighting, rows in trained.items()} for step in sorted(config.measure_after)
+    }
 
-    draw_by_length(reports, folder / PICTURE)
-    metrics = {weighting: [row._asdict() for row in rows] for weighting, rows in reports.items()}
-    (folder / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
-    print(f'\n{table(reports)}\n\n{folder}: config.json, metrics.json, {PICTURE}')
+    draw_by_length(measured, folder / PICTURE)
+    as_json = {
+        step: {weighting: [row._asdict() for row in rows] for weighting, rows in reports.items()}
+        for step, reports in measured.items()
+    }
+    (folder / 'metrics.json').write_text(json.dumps(as_json, indent=2) + '\n')
+    for step, reports in measured.items():
+        print(f'\nafter {step} steps\n{table(reports)}')
+    print(f'\n{folder}: config.json, metrics.json, {PICTURE}')
 
 
 if __name__ == '__main__':

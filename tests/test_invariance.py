@@ -1,4 +1,4 @@
-"""One loss, however the sequences are batched: padded on either side, by any amount, in any order, in micro-batches."""
+"""One loss, however the sequences are batched: padded on either side, in any order, in micro-batches, packed."""
 
 import random
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from networks import assert_same_gradients, decoder, gradients
 from torch import Tensor
 
-from xtloss import AutoregressiveWrapper
+from xtloss import AutoregressiveWrapper, pack
 
 VOCAB = 11
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
@@ -67,6 +67,12 @@ def padded(sequences: list[Sequence], width: int, by: str, left: bool = False) -
     return call | {by: told[by]}
 
 
+def packed(sequences: list[Sequence], width: int) -> dict[str, Tensor]:
+    """The call for these sequences as rows of `width`, as many of them in a row as fit."""
+    call = {name: pack([getattr(s, name) for s in sequences], width)[0] for name in Sequence._fields}
+    return call | {'segment_ids': pack([s.x for s in sequences], width)[1]}
+
+
 def total(wrapper: AutoregressiveWrapper, *calls: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the calls together; with several, as micro-batches over their common normalizer."""
     if len(calls) > 1:
@@ -110,6 +116,10 @@ def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count
         'row by row': [padded([sequence], width([sequence]), 'mask') for sequence in sequences],
         'with an empty one': [padded(sequences, width(sequences), 'lens'), padded([], longest, 'lens')],
     }
+
+    if weighting != 'padded':  # packing takes padding away
+        layouts['packed'] = [packed(shuffled, longest + choose.randrange(9))]
+        layouts['packed micro-batches'] = [packed(part, longest + choose.randrange(9)) for part in parts]
 
     want, wanted = total(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
     for layout, calls in layouts.items():
