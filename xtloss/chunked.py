@@ -58,7 +58,7 @@ def chunked_loss_and_grads(
     grad_weight = torch.zeros(v, d, dtype=wide, device=embed.device) if needs_weight else None
     grad_bias = torch.zeros(v, dtype=wide, device=embed.device) if needs_bias else None
 
-    buffer = torch.empty(min(chunk_size, n), v, dtype=wide, device=embed.device)
+    buffer = chunk_buffer(min(chunk_size, n), v, wide, embed.device, blas=dtype == wide)
     for rows in row_chunks(n, chunk_size):
         x, ids = embed[rows], target[rows]  # (r, d), (r,)
         z = buffer[: len(ids)]  # (r, v)
@@ -92,3 +92,15 @@ def chunked_loss_and_grads(
                 grad_weight += g.t() @ x.to(grad_dtype)
 
     return LossAndGrads((token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
+
+
+def chunk_buffer(rows: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:
+    """Return room for the logits of a chunk, (rows, v).
+
+    Where a CPU's BLAS fills it, it is stored column by column, each padded to whole cache lines: a few wide rows are
+    the slowest shape that a product can have, and their transpose the fastest.
+    """
+    if device.type != 'cpu' or not blas:
+        return torch.empty(rows, v, dtype=dtype, device=device)
+    line = 64 // dtype.itemsize
+    return torch.empty(v, -(-rows // line) * line, dtype=dtype, device=device).t()[:rows]

@@ -47,7 +47,7 @@ def linear_cross_entropy(
         target: (N,), any integer dtype, in [0, vocab).
         token_weight: (N,), floating point, any sign; a constant: no gradient flows into it.
         bias: (vocab,), floating point.
-        chunk_size: tokens a chunk; by default as many as keep its logits within 64 MiB, and 128 at least.
+        chunk_size: tokens a chunk; by default as many as keep its logits within 64 MiB, and 384 at least.
 
     Returns:
         loss: 0-dim, Σ token_weight · nll, in nats; float32, or float64 where embed is.
@@ -85,10 +85,11 @@ def linear_cross_entropy(
 
 
 def default_chunk_size(n: int, v: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk: as many as keep its logits within `CHUNK_BYTES`, 128 at least, and all chunks of one size."""
-    most = max(128, CHUNK_BYTES // (v * dtype.itemsize))
+    """Tokens a chunk: as many as keep its logits within `CHUNK_BYTES`, 384 at least; chunks alike, in whole blocks."""
+    block = 64  # of rows, for the tiles that products are made of
+    most = max(384, CHUNK_BYTES // (v * dtype.itemsize) // block * block)
     chunks = max(1, -(-n // most))
-    return max(1, -(-n // chunks))
+    return max(1, -(-n // (chunks * block))) * block
 
 
 def refuse_transforms() -> None:
