@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 import x_transformers
 from fused_problem import NAMES, Operations, assert_near, oracle, problem
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import decoder, gradients
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtloss import AutoregressiveWrapper
+from xtloss.fused import default_chunk_size
 
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 
@@ -94,6 +98,42 @@ def test_no_tensor_of_logits_size() -> None:
     with Operations(v) as seen:
         F.cross_entropy(F.linear(p.embed, p.weight, p.bias), p.target).backward()
     assert seen.largest >= n * v
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_logits_are_written_by_columns_of_whole_cache_lines(dtype: torch.dtype) -> None:
+    n, d, v, chunk = 50, 8, 509, 21
+    written: list[Tensor] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.out and out.shape[1] == v:
+                written.append(out)
+            return out
+
+    with Products():
+        problem(n, d, v, dtype=dtype).solve(chunk_size=chunk)
+    assert [len(logits) for logits in written] == [21, 21, 8]
+    for logits in written:
+        down, along = logits.stride()
+        assert down == 1
+        assert chunk <= along < chunk + 64 // dtype.itemsize
+        assert along * dtype.itemsize % 64 == logits.data_ptr() % 64 == 0
+
+
+@given(st.integers(0, 20_000), st.integers(1, 60_000), st.sampled_from([torch.float32, torch.float64]))
+def test_default_chunks_are_bounded_alike_and_as_few_as_can_be(n: int, v: int, dtype: torch.dtype) -> None:
+    def fits(rows: int) -> bool:
+        return rows <= 384 or rows * v * dtype.itemsize <= 64 * 2**20
+
+    rows = default_chunk_size(n, v, dtype)
+    assert rows % 64 == 0 < rows
+    assert fits(rows)
+    chunks = max(1, -(-n // rows))
+    assert (rows - 64) * chunks < max(n, 1)  # none is smaller than the others by more than it must
+    if chunks > 1:
+        assert not fits(-(-n // (64 * (chunks - 1))) * 64)
 
 
 @pytest.mark.parametrize('fused', [True, False])

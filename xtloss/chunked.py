@@ -97,8 +97,8 @@ def chunked_loss_and_grads(
 def chunk_buffer(rows: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:
     """Return room for the logits of a chunk, (rows, v).
 
-    Where a CPU's BLAS fills it, it is stored column by column, each padded to whole cache lines: a few wide rows are
-    the slowest shape that a product can have, and their transpose the fastest.
+    Where a CPU's BLAS fills it, it is stored column by column, each padded to whole cache lines: MKL is slower at
+    writing a product as a few wide rows.
     """
     if device.type != 'cpu' or not blas:
         return torch.empty(rows, v, dtype=dtype, device=device)
