@@ -14,7 +14,7 @@ from networks import decoder
 from torch.nn.parallel import DistributedDataParallel
 
 from xtloss import AutoregressiveWrapper
-from xtloss.distributed import global_normalizer
+from xtloss.packing.distributed import global_normalizer
 
 WEIGHTINGS = ['token', 'sequence', 'square']
 

@@ -12,7 +12,7 @@ from networks import Stub
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
-from xtloss.cross_entropy import composite_cross_entropy, cross_entropy
+from xtloss.losses.cross_entropy import composite_cross_entropy, cross_entropy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

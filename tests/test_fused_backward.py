@@ -11,7 +11,7 @@ from networks import assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
 
 from xtloss import AutoregressiveWrapper
-from xtloss.cross_entropy import cross_entropy
+from xtloss.losses.cross_entropy import cross_entropy
 
 
 def test_backward_again() -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
-from xtloss.head import why_not_linear
+from xtloss.losses.linear_head import why_not_linear
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def fusings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append(tuple(embed.shape))
         return linear_cross_entropy(embed, *args, **kwargs)
 
-    monkeypatch.setattr('xtloss.token_losses.linear_cross_entropy', spy)
+    monkeypatch.setattr('xtloss.losses.token_losses.linear_cross_entropy', spy)
     return seen
 
 

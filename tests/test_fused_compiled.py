@@ -11,7 +11,7 @@ from networks import assert_same_gradients, decoder, gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from xtloss import AutoregressiveWrapper
-from xtloss.fused import compiled_loss_and_grads
+from xtloss.losses.linear_cross_entropy import compiled_loss_and_grads
 
 FUSED_FALSE = r'fused=False'
 X = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(1))

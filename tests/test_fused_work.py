@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtloss import AutoregressiveWrapper
-from xtloss.fused import default_chunk_size
+from xtloss.losses.linear_cross_entropy import default_chunk_size
 
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 

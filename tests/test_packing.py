@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from xtloss.collating import collate
-from xtloss.packing import pack, unpack
+from xtloss.packing.collating import collate
+from xtloss.packing.layout import pack, unpack
 
 DTYPES = [torch.int64, torch.int32, torch.uint8, torch.uint16, torch.bool, torch.float32, torch.bfloat16, torch.float64]
 

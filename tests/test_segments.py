@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.x_transformers import AbsolutePositionalEmbedding, Attention, AttentionLayers, FeedForward
 
-from xtloss.apart import APART, traits_of_example
-from xtloss.segments import APART_ARGUMENTS, segment_arguments
+from xtloss.packing.apart import APART, traits_of_example
+from xtloss.packing.segments import APART_ARGUMENTS, segment_arguments
 
 # an id that returns is another sequence; padding before, behind, none
 IDS = torch.tensor([[0, 0, 7, 7, 7, 7, 3, 3, 7, 7, 2, 2], [4, 4, 4, 4, 4, 4, 4, 9, 9, 0, 0, 0]])

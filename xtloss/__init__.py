@@ -1,14 +1,14 @@
 """The loss for people who train with x-transformers: every weighting by one equation, fused, however it is batched."""
 
-from xtloss.autoregressive import AutoregressiveWrapper
-from xtloss.collating import collate
-from xtloss.continuous import ContinuousAutoregressiveWrapper
-from xtloss.distributed import global_normalizer
-from xtloss.fused import linear_cross_entropy
-from xtloss.packing import pack, unpack
-from xtloss.upgrade import upgrade_
-from xtloss.weighting import LossBreakdown
-from xtloss.xl import XLAutoregressiveWrapper
+from xtloss.losses.linear_cross_entropy import linear_cross_entropy
+from xtloss.packing.collating import collate
+from xtloss.packing.distributed import global_normalizer
+from xtloss.packing.layout import pack, unpack
+from xtloss.weighting.weights import LossBreakdown
+from xtloss.wrappers.autoregressive import AutoregressiveWrapper
+from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
+from xtloss.wrappers.upgrade import upgrade_
+from xtloss.wrappers.xl import XLAutoregressiveWrapper
 
 __all__ = [
     'AutoregressiveWrapper',

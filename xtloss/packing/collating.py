@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtloss.packing import (
+from xtloss.packing.layout import (
     Layout,
     best_fit_decreasing,
     check_max_len,

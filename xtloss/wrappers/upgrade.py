@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 import x_transformers
 from torch import nn
 
-from xtloss.autoregressive import AutoregressiveWrapper
-from xtloss.continuous import ContinuousAutoregressiveWrapper
-from xtloss.options import WeightingOptions
-from xtloss.xl import XLAutoregressiveWrapper
+from xtloss.wrappers.autoregressive import AutoregressiveWrapper
+from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
+from xtloss.wrappers.options import WeightingOptions
+from xtloss.wrappers.xl import XLAutoregressiveWrapper
 
 M = TypeVar('M', bound=nn.Module)
 

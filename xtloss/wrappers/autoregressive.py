@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstream
 
 from xtloss.checks import check_batch
-from xtloss.cross_entropy import loss_dtype
-from xtloss.fused import refuse_transforms
-from xtloss.head import linear_head, why_not_linear
-from xtloss.inputs import legal_ids, mask_arguments, random_key_mask, real_positions
-from xtloss.looped import looped_losses
-from xtloss.options import WeightingOptions
-from xtloss.segments import segment_arguments
-from xtloss.targets import Targets, count_targets, next_tokens, predictors
-from xtloss.token_losses import loss_from_embeds, next_embed_loss, token_losses
-from xtloss.weighting import LossBreakdown, batch_normalizer, batch_weights, normalize
+from xtloss.losses.cross_entropy import loss_dtype
+from xtloss.losses.linear_cross_entropy import refuse_transforms
+from xtloss.losses.linear_head import linear_head, why_not_linear
+from xtloss.losses.looped import looped_losses
+from xtloss.losses.token_losses import loss_from_embeds, next_embed_loss, token_losses
+from xtloss.packing.segments import segment_arguments
+from xtloss.weighting.targets import Targets, count_targets, next_tokens, predictors
+from xtloss.weighting.weights import LossBreakdown, batch_normalizer, batch_weights, normalize
+from xtloss.wrappers.inputs import legal_ids, mask_arguments, random_key_mask, real_positions
+from xtloss.wrappers.options import WeightingOptions
 
 
 class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
 
 from xtloss.checks import check_batch, refuse_arguments
-from xtloss.cross_entropy import loss_dtype
-from xtloss.inputs import mask_arguments, real_positions
-from xtloss.options import WeightingOptions
-from xtloss.targets import Targets, count_targets, next_tokens
-from xtloss.weighting import WEIGHTINGS, batch_normalizer, batch_weights, weighted_loss
+from xtloss.losses.cross_entropy import loss_dtype
+from xtloss.weighting.targets import Targets, count_targets, next_tokens
+from xtloss.weighting.weights import WEIGHTINGS, batch_normalizer, batch_weights, weighted_loss
+from xtloss.wrappers.inputs import mask_arguments, real_positions
+from xtloss.wrappers.options import WeightingOptions
 
 NOTES = {
     'mask': ': it says which frames are real, and the last frame of x, a target, is one of them; a mask of the inputs '

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.x_transformers import AbsolutePositionalEmbedding
 
-from xtloss.apart import verdict
 from xtloss.checks import check_dtype
+from xtloss.packing.apart import verdict
 
 # arguments of the network's forward that move no sequence: tests/test_segments.py proves each
 APART_ARGUMENTS = frozenset(

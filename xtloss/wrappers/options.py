@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from xtloss.cross_entropy import loss_dtype
-from xtloss.weighting import Weighting, resolve_weighting
+from xtloss.losses.cross_entropy import loss_dtype
+from xtloss.weighting.weights import Weighting, resolve_weighting
 
 
 class WeightingOptions(nn.Module):

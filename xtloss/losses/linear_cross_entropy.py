@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from xtloss.checks import check_dtype
-from xtloss.chunked import loss_and_grads
-from xtloss.cross_entropy import CHUNK_BYTES, functorch_active, loss_dtype
+from xtloss.losses.chunked import loss_and_grads
+from xtloss.losses.cross_entropy import CHUNK_BYTES, functorch_active, loss_dtype
 
 NO_SECOND_DERIVATIVE = (
     'linear_cross_entropy makes its gradients in the forward pass, so it has no second derivative and no torch.func '

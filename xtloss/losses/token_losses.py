@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xtloss.cross_entropy import cross_entropy, loss_dtype
-from xtloss.fused import linear_cross_entropy
-from xtloss.head import LinearHead
-from xtloss.targets import at_predictors, predictors
+from xtloss.losses.cross_entropy import cross_entropy, loss_dtype
+from xtloss.losses.linear_cross_entropy import linear_cross_entropy
+from xtloss.losses.linear_head import LinearHead
+from xtloss.weighting.targets import at_predictors, predictors
 
 
 def token_losses(

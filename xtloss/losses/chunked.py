@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xtloss.cross_entropy import exp_others_, loss_dtype, row_chunks
+from xtloss.losses.cross_entropy import exp_others_, loss_dtype, row_chunks
 
 
 class LossAndGrads(NamedTuple):

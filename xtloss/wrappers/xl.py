@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper as Upstream
 
 from xtloss.checks import check_batch, refuse_arguments
-from xtloss.inputs import legal_ids, real_positions
-from xtloss.memories import Memories, memory_arguments, remember
-from xtloss.options import WeightingOptions
-from xtloss.targets import Targets, count_targets, next_tokens
-from xtloss.token_losses import flat_losses
-from xtloss.weighting import batch_normalizer, batch_weights, weighted_loss
+from xtloss.losses.token_losses import flat_losses
+from xtloss.weighting.targets import Targets, count_targets, next_tokens
+from xtloss.weighting.weights import batch_normalizer, batch_weights, weighted_loss
+from xtloss.wrappers.inputs import legal_ids, real_positions
+from xtloss.wrappers.memories import Memories, memory_arguments, remember
+from xtloss.wrappers.options import WeightingOptions
 
 REFUSED = {
     'seq_start_pos': 'the network would count it from the start of every segment; mask is cut with the segments',

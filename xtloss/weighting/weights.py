@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtloss.targets import Targets, next_tokens
+from xtloss.weighting.targets import Targets, next_tokens
 
 
 class Weighting(NamedTuple):
