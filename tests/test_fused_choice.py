@@ -208,6 +208,7 @@ def test_what_is_fused(name: str, fusings: list[tuple[Any, ...]]) -> None:
     assert len(fusings) == 3
 
 
+@pytest.mark.filterwarnings('ignore:net is a copy')
 @pytest.mark.parametrize('name', LOGITS)
 def test_what_takes_the_logits_path(name: str, fusings: list[tuple[Any, ...]]) -> None:
     make, call, reason = LOGITS[name]

@@ -106,17 +106,19 @@ def test_gptvae_with_a_pad_id() -> None:
     sizes = {'num_tokens': VOCAB, 'dim': 16, 'depth': 1, 'enc_depth': 1, 'max_seq_len': 16, 'heads': 2}
     model = GPTVAE(**sizes, attn_dim_head=8, pad_id=0, verbose=False)
     x = ragged(pad=0)
-    seen: list[tuple[Tensor, dict[str, Any]]] = []
+    seen: list[Tensor] = []
 
     def losses() -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
         return model(x, return_all_losses=True)[1]
 
     before = losses()
-    model.decoder.register_forward_hook(lambda _, __, kwargs, out: seen.append((out[0], kwargs)), with_kwargs=True)
+    calls: list[dict[str, Any]] = []
+    model.decoder.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    model.ar_wrapped_decoder.register_forward_pre_hook(lambda _, __, call: calls.append(call), with_kwargs=True)
     upgrade_(model, equal_loss_weight_batch=True)
     after = losses()
-    logits, call = seen[-1]
+    logits, call = seen[-1], calls[-1]
     counting = {'ignore_index': 0, 'seq_start_pos': call['seq_start_pos'], 'prepend_len': 1}
     want = expected(logits[:, 1:], x, weighting='sequence', **counting)
     assert after[0].item() == pytest.approx(want.loss, rel=1e-5)

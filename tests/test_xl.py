@@ -402,8 +402,12 @@ def test_bad_options() -> None:
 
 
 def test_a_network_that_answers_for_more_than_it_read() -> None:
-    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\), got \(4, 7, 11\)'):
+    with pytest.raises(ValueError, match='prepend_embeds cannot be given here'):
         XLAutoregressiveWrapper(network())(ids(), prepend_embeds=torch.zeros(B, 2, 16))
+    net = network()
+    net.register_forward_hook(lambda _, __, out: (out[0].repeat(1, 2, 1), out[1]))
+    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\), got \(4, 10, 11\)'):
+        XLAutoregressiveWrapper(net)(ids())
 
 
 def test_nothing_handed_in_is_changed() -> None:

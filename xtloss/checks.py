@@ -112,3 +112,21 @@ def check_normalizer_range(normalizer: Tensor | float | None, device: torch.devi
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, as people write it."""
     return str(dtype).removeprefix('torch.')
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise TypeError for what is no bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f'{name} must be bool, got {type(value).__name__}')
+
+
+def check_prepend_embeds(prepend_embeds: Any, x: Tensor, width: int | None) -> None:
+    """Raise TypeError or ValueError unless it is (b, p, d), floating point, and as wide as the network's embeddings."""
+    check_dtype('prepend_embeds', prepend_embeds, 'floating point')
+    d = 'd' if width is None else width
+    shape = tuple(prepend_embeds.shape)
+    if len(shape) != 3 or shape[0] != x.shape[0] or (width is not None and shape[2] != width):
+        raise ValueError(f'prepend_embeds must have shape ({x.shape[0]}, p, {d}), got {shape}')
+    if prepend_embeds.device != x.device:
+        raise ValueError(f'prepend_embeds must be on {x.device} like x, got {prepend_embeds.device}')

@@ -64,7 +64,7 @@ def _why_not_plain_network(net: Any) -> str | None:
 
     options = {
         'looped': net.looped,
-        'mixture_of_softmax': net.to_mixture is not None,
+        'mixture_of_softmax': net.to_mixture is not None or net.output_is_log_prob,
         'sigsoftmax_logits': net.sigsoftmax_logits,
         'num_output_heads': net.has_multiple_heads,
         'return_only_embed': net.to_logits is None,

@@ -6,18 +6,20 @@ Dims: b batch, n positions, p prepended embeddings, t tokens, d width, v vocabul
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xtloss.losses.cross_entropy import cross_entropy, loss_dtype
 from xtloss.losses.linear_cross_entropy import linear_cross_entropy
 from xtloss.losses.linear_head import LinearHead
-from xtloss.weighting.targets import at_predictors, predictors
+from xtloss.weighting.targets import Outputs
 
 
 def token_losses(
-    logits: Tensor,  # (b, p+n, v)
+    logits: Tensor,  # (r, m, v)
     ids: Tensor,  # (b, n-1)
     counted: Tensor,  # (b, n-1)
+    outputs: Outputs,
     *,
     is_log_prob: bool = False,
 ) -> Tensor:
@@ -26,13 +28,12 @@ def token_losses(
     All positions of the logits are read where they lie, in one flat (tokens, vocab) view: slicing off the last would
     copy them, and their gradient.
     """
-    check_outputs(logits, ids)
-    b, positions, _ = logits.shape
-    targets = at_predictors(torch.where(counted, ids, 0), positions).flatten()
-    at_counted = at_predictors(counted, positions).flatten()
-
+    check_outputs(logits, ids, outputs)
+    shape = logits.shape[:2]
+    targets = outputs.at_outputs(torch.where(counted, ids, 0), shape)
+    at_counted = outputs.at_outputs(counted, shape)
     nll = flat_losses(logits.flatten(0, 1), targets, at_counted, is_log_prob=is_log_prob)
-    return predictors(nll.view(b, positions), ids.shape[1])
+    return outputs.to_targets(nll.view(shape), ids.shape)
 
 
 def flat_losses(
@@ -51,22 +52,23 @@ def flat_losses(
 
 def loss_from_embeds(
     head: LinearHead,
-    embeds: Tensor,  # (b, p+n, d)
+    embeds: Tensor,  # (r, m, d)
     ids: Tensor,  # (b, n-1)
     counted: Tensor,  # (b, n-1)
     weight: Tensor,  # (b, n-1)
+    outputs: Outputs,
 ) -> tuple[Tensor, Tensor]:
     """Σ weight · nll over the counted targets, 0-dim, and their nll, (b, n-1), detached, 0 where not counted.
 
     In eager mode only the rows that count reach the head, at the price of one host sync. A compiled graph has static
     shapes: there the others go along, as zeros that weigh nothing.
     """
-    check_outputs(embeds, ids)
-    b, positions, _ = embeds.shape
-    at_counted = at_predictors(counted, positions).flatten()  # (b·(p+n),)
-    targets = at_predictors(torch.where(counted, ids, 0), positions).flatten()
-    weight = at_predictors(weight, positions).flatten()
-    embeds = embeds.flatten(0, 1)  # (b·(p+n), d)
+    check_outputs(embeds, ids, outputs)
+    shape = embeds.shape[:2]
+    at_counted = outputs.at_outputs(counted, shape)  # (r·m,)
+    targets = outputs.at_outputs(torch.where(counted, ids, 0), shape)
+    weight = outputs.at_outputs(weight, shape)
+    embeds = embeds.flatten(0, 1)  # (r·m, d)
 
     if torch.compiler.is_compiling():
         rows = torch.where(at_counted[:, None], embeds, 0)
@@ -79,22 +81,23 @@ def loss_from_embeds(
             head.scaled(rows), head.weight, targets[index], weight[index], bias=head.bias
         )
         nll = torch.zeros_like(weight, dtype=row_nll.dtype).index_copy(0, index, row_nll)
-    return total, predictors(nll.view(b, positions), ids.shape[1])
+    return total, outputs.to_targets(nll.view(shape), ids.shape)
 
 
 def next_embed_loss(
-    pred: Tensor,  # (b, p+n, d)
-    embeds: Tensor,  # (b, p+n, d), of the tokens that the network read
+    pred: Tensor,  # (r, m, d)
+    embeds: Tensor,  # (r, m, d), of the tokens that the network read
     counted: Tensor,  # (b, n-1)
+    outputs: Outputs,
 ) -> Tensor:
     """Mean absolute error of the predicted embedding of each target, (b, n-1), 0 where it is not counted."""
-    targets = counted.shape[1]
-    difference = predictors(pred, targets) - embeds[:, embeds.shape[1] - targets :].detach()
+    read = F.pad(embeds[:, 1:], (0, 0, 0, 1)).detach()  # of the token after each, and so of the target
+    difference = outputs.to_targets(pred - read, counted.shape)
     return torch.where(counted[..., None], difference, 0).abs().to(loss_dtype(pred.dtype)).mean(dim=-1)
 
 
-def check_outputs(outputs: Tensor, ids: Tensor) -> None:
+def check_outputs(out: Tensor, ids: Tensor, outputs: Outputs) -> None:
     """Raise ValueError unless there is an output for each token that is read."""
     b, positions = ids.shape[0], ids.shape[1] + 1
-    if outputs.ndim != 3 or outputs.shape[0] != b or outputs.shape[1] < positions:
-        raise ValueError(f'the network must return ({b}, {positions} or more, vocab), got {tuple(outputs.shape)}')
+    if outputs.place is None and (out.ndim != 3 or out.shape[0] != b or out.shape[1] < positions):
+        raise ValueError(f'the network must return ({b}, {positions} or more, vocab), got {tuple(out.shape)}')

@@ -40,18 +40,8 @@ def segment_arguments(
         ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
 
     """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if 'attn_mask' in given:
-        check_dtype('attn_mask', given['attn_mask'], 'bool')
-    if prepend_embeds is not None:
-        given['prepend_embeds'] = prepend_embeds
-
+    varlen = check_segments(net, segment_ids, {**arguments, 'prepend_embeds': prepend_embeds})
     net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
-    reason, varlen = verdict(net)
-    reason = reason or why_not_arguments(list(given), len(segment_ids), varlen)
-    if reason is not None:
-        raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
-
     run = run_numbers(segment_ids)  # (b, n)
     if isinstance(net.pos_emb, AbsolutePositionalEmbedding):
         arguments = arguments | {'pos': positions_in_run(run)}
@@ -61,9 +51,22 @@ def segment_arguments(
     # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
     # those that it overlooks it lets attend to everything
     attn_mask = (run[:, :, None] == run[:, None, :]).tril()[:, None]  # (b, 1, n, n)
-    if 'attn_mask' in given:
-        attn_mask = attn_mask & given['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
+    if arguments.get('attn_mask') is not None:
+        attn_mask = attn_mask & arguments['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
     return arguments | {'attn_mask': attn_mask}
+
+
+def check_segments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False) -> bool:
+    """Raise what `segment_arguments` raises; return whether the network keeps them apart by variable lengths."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if 'attn_mask' in given:
+        check_dtype('attn_mask', given['attn_mask'], 'bool')
+    net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
+    reason, varlen = verdict(net)
+    reason = reason or why_not_arguments(list(given), len(segment_ids), varlen)
+    if reason is not None:
+        raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
+    return varlen
 
 
 def run_numbers(segment_ids: Tensor) -> Tensor:

@@ -119,12 +119,14 @@ def batch_normalizer(targets: Targets, weighting: Weighting, dtype: torch.dtype)
 
 
 def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
-    """total / Z, and 0, still attached to the graph, where Z is 0."""
-    return total * torch.where(normalizer > 0, normalizer.reciprocal(), 0)
+    """total / Z where Z is finite and > 0; 0, still attached to the graph, where Z is 0; NaN otherwise."""
+    nothing = normalizer == 0
+    legal = torch.where((normalizer > 0) & (normalizer < torch.inf), normalizer, torch.nan)
+    return torch.where(nothing, 0, total / torch.where(nothing, 1, legal))
 
 
-def weighted_loss(token_loss: Tensor, weights: Weights) -> tuple[Tensor, LossBreakdown]:
-    """Σ w · ℓ / Z, 0-dim, of ℓ (b, n-1), 0 where it is not counted; and what it is made of."""
-    loss = normalize((weights.weight * token_loss).sum(), weights.normalizer)
+def breakdown_of(total: Tensor, token_loss: Tensor, weights: Weights) -> tuple[Tensor, LossBreakdown]:
+    """total / Z, 0-dim, of total = Σ w · ℓ and ℓ (b, n-1); and what it is made of."""
+    loss = normalize(total, weights.normalizer)
     parts = token_loss, weights.weight, weights.normalizer, torch.zeros_like(loss)
     return loss, LossBreakdown(*(t.detach() for t in parts))

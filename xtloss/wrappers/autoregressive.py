@@ -5,26 +5,34 @@ Dims: b batch, n positions, p prepended embeddings, d width, v vocabulary, l loo
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstream
 
-from xtloss.checks import check_batch
+from xtloss.checks import check_flags, check_prepend_embeds
 from xtloss.losses.cross_entropy import loss_dtype
-from xtloss.losses.linear_cross_entropy import refuse_transforms
-from xtloss.losses.linear_head import linear_head, why_not_linear
+from xtloss.losses.linear_head import linear_head
 from xtloss.losses.looped import looped_losses
 from xtloss.losses.token_losses import loss_from_embeds, next_embed_loss, token_losses
-from xtloss.packing.segments import segment_arguments
-from xtloss.weighting.targets import Targets, count_targets, next_tokens, predictors
-from xtloss.weighting.weights import LossBreakdown, batch_normalizer, batch_weights, normalize
-from xtloss.wrappers.inputs import legal_ids, mask_arguments, random_key_mask, real_positions
-from xtloss.wrappers.options import WeightingOptions
+from xtloss.packing.segments import check_segments
+from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
+from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, normalize
+from xtloss.wrappers.base import LossWrapper
+from xtloss.wrappers.rows import OF_THE_LOSS, Rows, network_rows
+from xtloss.wrappers.stand_in import on_a_stand_in
 
 
-class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
+class Result(NamedTuple):
+    """All that `forward` may return."""
+
+    loss: Tensor
+    outputs: tuple[Tensor, Any]
+    breakdown: LossBreakdown
+
+
+class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     """Upstream's wrapper with a choice of what each target weighs in the loss.
 
     ::
@@ -53,6 +61,8 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         fused: 'auto' makes head and loss in one pass without the (b, n, vocab) logits where the head is a plain linear
             map and nobody asks for logits; True raises ValueError, saying why, where that cannot be; False never does
             it, which torch.func transforms and double backward need.
+        unpad: no compute goes into the padding that ``lens``, ``mask`` and ``seq_start_pos`` tell of.
+        trust_segments: take it that the network keeps the sequences of ``segment_ids`` apart, without a proof.
         **kwargs: upstream's.
 
     Raises:
@@ -72,6 +82,8 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
     looped_loss_threshold_exit: float
     looped_loss_slope: float
     looped_exit_loss_weight: float
+    unpad: bool
+    trust_segments: bool
 
     def __init__(
         self,
@@ -80,21 +92,18 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         equal_loss_weight_batch: bool = False,
         loss_weighting: str | float | None = None,
         fused: bool | Literal['auto'] = 'auto',
+        unpad: bool = False,
+        trust_segments: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(net, *args, **kwargs)
-        self.equal_loss_weight_batch = equal_loss_weight_batch
-        self.loss_weighting = loss_weighting
-        self.fused = fused
-        self.check_loss_options()
-
-    def check_loss_options(self) -> None:
-        """Raise TypeError or ValueError unless the options are legal."""
-        _ = self.weighting
-        if not isinstance(self.fused, bool | str):
-            raise TypeError(f"fused must be bool or 'auto', got {type(self.fused).__name__}")
-        if self.fused not in (True, False, 'auto'):
-            raise ValueError(f"fused must be True, False or 'auto', got {self.fused!r}")
+        self.set_loss_options(
+            equal_loss_weight_batch=equal_loss_weight_batch,
+            loss_weighting=loss_weighting,
+            fused=fused,
+            unpad=unpad,
+            trust_segments=trust_segments,
+        )
 
     def forward(
         self,
@@ -137,129 +146,112 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
                 which segments cannot be kept apart.
 
         """
-        x, targets = self._count(
-            x, prepend_embeds, normalizer, lens=lens, mask=mask, loss_mask=loss_mask, loss_weight=loss_weight,
-            seq_start_pos=kwargs.get('seq_start_pos'), segment_ids=segment_ids,
-        )  # fmt: skip
-        arguments = self._network_arguments(x, prepend_embeds, mask, segment_ids, kwargs)
-        fuse = self._fuses(return_outputs, arguments)
+        x, given = self._checked(x, {
+            'return_outputs': return_outputs, 'return_breakdown': return_breakdown, 'prepend_embeds': prepend_embeds,
+            'lens': lens, 'mask': mask, 'loss_mask': loss_mask, 'loss_weight': loss_weight,
+            'segment_ids': segment_ids, 'normalizer': normalizer, **kwargs,
+        })  # fmt: skip
+        result: Result = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
+        wanted = (True, return_outputs, return_breakdown)
+        returned = tuple(value for value, is_wanted in zip(result, wanted, strict=True) if is_wanted)
+        return returned if len(returned) > 1 else result.loss
 
-        out, cache = self.net(
-            legal_ids(
-                x,
-                ignore_index=self.ignore_index,
-                pad_value=self.pad_value,
-                lens=lens,
-                mask=mask,
-                segment_ids=segment_ids,
-            ),
-            return_intermediates=True,
-            return_attn_z_loss=self.add_attn_z_loss,
-            return_next_embed_pred=self.add_continuous_pred_head,
-            prepend_embeds=prepend_embeds,
-            looped_pred_all_logits=True,
-            **arguments | ({'return_embeddings': True} if fuse else {}),
+    def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> Result:
+        """The equation: count, run the network, weigh in the dtype of what it returned, cost, one sum."""
+        targets = self._count(x, given)
+        rows, fuse = self._rows(x, given), self._fuses(given)
+        out, cache, next_embed = self._run(stand_in or self.net, rows, fuse)
+        weights = batch_weights(
+            targets, self.weighting, loss_dtype(out.dtype), given.get('loss_weight'), given.get('normalizer')
         )
+        total, token_loss, extra = self._costs(out, cache, next_tokens(x), targets, weights, rows.outputs, fuse)
         if self.add_continuous_pred_head:
-            out, (next_embed_pred, embeds) = out
-
-        counted, ids = targets.counted, next_tokens(x)  # (b, n-1)
-        weights = batch_weights(targets, self.weighting, loss_dtype(out.dtype), loss_weight, normalizer)
-
-        extra = torch.zeros_like(weights.by_length)  # (b, n-1)
-        if fuse:
-            total, token_loss = loss_from_embeds(linear_head(self.net), out, ids, counted, weights.weight)
-        else:
-            token_loss, exit_loss = self._token_losses(out, cache, ids, counted)
-            total = (weights.weight * token_loss).sum()
-            extra = extra + self.looped_exit_loss_weight * exit_loss
-        if self.add_continuous_pred_head:
-            extra = extra + self.next_embed_loss_weight * next_embed_loss(next_embed_pred, embeds, counted)
+            extra = extra + self.next_embed_loss_weight * next_embed_loss(
+                next_embed[0], next_embed[1], targets.counted, rows.outputs
+            )
 
         auxiliary = normalize((weights.by_length * extra).sum(), weights.normalizer)
-        if self.add_attn_z_loss:
+        if self.add_attn_z_loss and stand_in is None:
             auxiliary = auxiliary + cache.attn_z_loss
         loss = normalize(total, weights.normalizer) + auxiliary
 
-        returned: list[Any] = [loss]
-        if return_outputs:
-            returned.append((predictors(out, counted.shape[1]), cache))
-        if return_breakdown:
-            breakdown = LossBreakdown(token_loss, weights.weight, weights.normalizer, auxiliary)
-            returned.append(LossBreakdown(*(t.detach() for t in breakdown)))
-        return tuple(returned) if len(returned) > 1 else loss
+        breakdown = (token_loss, weights.weight, weights.normalizer, auxiliary)
+        logits = rows.outputs.to_targets(out, targets.counted.shape) if given.get('return_outputs') else out
+        return Result(loss, (logits, cache), LossBreakdown(*(t.detach() for t in breakdown)))
 
-    def loss_normalizer(
-        self,
-        x: Tensor,
-        *,
-        lens: Tensor | None = None,
-        mask: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        seq_start_pos: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        **network_kwargs: Any,
-    ) -> Tensor:
-        """Return Z of this batch, 0-dim, float32 or wider, without running the network.
+    # below the fold: what the lines above call
 
-        Takes what `forward` takes, and raises what it raises. Sum it over the micro-batches of a step, hand the sum to
-        `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to those of one batch.
-        """
-        _, targets = self._count(
-            x, network_kwargs.get('prepend_embeds'), None, lens=lens, mask=mask, loss_mask=loss_mask,
-            seq_start_pos=seq_start_pos, segment_ids=segment_ids,
-        )  # fmt: skip
-        return batch_normalizer(targets, self.weighting, self.loss_dtype)
+    def check_loss_options(self) -> None:
+        """Raise TypeError or ValueError unless the options are legal."""
+        super().check_loss_options()
+        check_flags(unpad=self.unpad, trust_segments=self.trust_segments)
 
-    def _count(
-        self, x: Tensor, prepend_embeds: Tensor | None, normalizer: Tensor | float | None, **arguments: Any
-    ) -> tuple[Tensor, Targets]:
-        check_batch(x, normalizer=normalizer, **arguments)
-        x = x.long()  # unsigned ids would wrap a negative ignore_index
-        arguments.pop('loss_weight', None)
-        prepended = 0 if prepend_embeds is None else prepend_embeds.shape[1]
-        return x, count_targets(x, ignore_index=self.ignore_index, prepended=prepended, **arguments)
+    def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        x, given = self._check_batch(x, given)
+        if 'prepend_embeds' in given:
+            check_prepend_embeds(given['prepend_embeds'], x, getattr(self.net, 'emb_dim', None))
+        if 'segment_ids' in given:
+            network = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
+            check_segments(self.net, given['segment_ids'], network, trust=self.trust_segments)
+        self._fuses(given)
+        return x, given
 
-    def _network_arguments(
-        self,
-        x: Tensor,
-        prepend_embeds: Tensor | None,
-        mask: Tensor | None,
-        segment_ids: Tensor | None,
-        arguments: dict[str, Any],
-    ) -> dict[str, Any]:
-        prepended = 0 if prepend_embeds is None else prepend_embeds.shape[1]
-        start = arguments.get('seq_start_pos')
-        real = real_positions(x, mask=mask, seq_start_pos=None if start is None else start - prepended)
-        random_mask = random_key_mask(real, self.mask_prob) if self.mask_prob > 0 else None
-        arguments = mask_arguments(
-            self.net, mask=mask, random_mask=random_mask, n=x.shape[1], prepended=prepended, arguments=arguments
+    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        names = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
+        prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
+        counting: dict[str, Any] = {name: given.get(name) for name in names}
+        return count_targets(x, ignore_index=self.ignore_index, prepended=prepended, **counting)
+
+    def _rows(self, x: Tensor, given: dict[str, Any]) -> Rows:
+        return network_rows(
+            self.net,
+            x,
+            given,
+            ignore_index=self.ignore_index,
+            pad_value=self.pad_value,
+            mask_prob=self.mask_prob,
+            trust_segments=self.trust_segments,
         )
-        if segment_ids is None:
-            return arguments
-        return segment_arguments(self.net, segment_ids, arguments, prepend_embeds=prepend_embeds)
 
-    def _fuses(self, return_outputs: bool, arguments: dict[str, Any]) -> bool:
-        if self.fused is False:
-            return False
-        names = [name for name, value in arguments.items() if value is not None]
-        why_not = 'return_outputs asks for logits' if return_outputs else why_not_linear(self.net, names)
-        if why_not is None:
-            refuse_transforms()
-        elif self.fused is True:
-            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
-        return why_not is None
+    def _run(self, net: Any, rows: Rows, fuse: bool) -> tuple[Tensor, Any, Any]:
+        """Logits, or embeddings for a fused head; intermediates; predicted and read embeddings, where there are any."""
+        out, cache = net(
+            rows.ids,
+            return_intermediates=True,
+            return_attn_z_loss=self.add_attn_z_loss,
+            return_next_embed_pred=self.add_continuous_pred_head,
+            looped_pred_all_logits=True,
+            **{**rows.arguments, **({'return_embeddings': True} if fuse else {})},
+        )
+        out, next_embed = out if self.add_continuous_pred_head else (out, None)
+        return out, cache, next_embed
 
-    def _token_losses(self, logits: Tensor, cache: Any, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor | float]:
-        """The loss and the exit loss of each target, (b, n-1)."""
-        of_loops = cache.all_pred_logits if self.net.looped else [logits]
-        nll = [token_losses(t, ids, counted, is_log_prob=self.net.output_is_log_prob) for t in of_loops]
+    def _costs(
+        self,
+        out: Tensor,
+        cache: Any,
+        ids: Tensor,  # (b, n-1)
+        targets: Targets,
+        weights: Weights,
+        outputs: Outputs,
+        fuse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Σ w · ℓ, 0-dim; ℓ, (b, n-1); and the exit loss of each target, times its coefficient, (b, n-1)."""
+        counted, none = targets.counted, torch.zeros_like(weights.by_length)
+        if fuse:
+            return *loss_from_embeds(linear_head(self.net), out, ids, counted, weights.weight, outputs), none
+
+        of_loops = cache.all_pred_logits if self.net.looped else [out]
+        is_log_prob = self.net.output_is_log_prob
+        nll = [token_losses(logits, ids, counted, outputs, is_log_prob=is_log_prob) for logits in of_loops]
         if not self.net.looped:
-            return nll[0], 0.0
-        exit_logits = [predictors(logits, counted.shape[1]).squeeze(-1) for logits in cache.exit_logits]
-        return looped_losses(
+            return (weights.weight * nll[0]).sum(), nll[0], none
+
+        exit_logits = torch.stack([outputs.to_targets(t, counted.shape).squeeze(-1) for t in cache.exit_logits])
+        token_loss, exit_loss = looped_losses(
             torch.stack(nll),  # (l, b, n-1)
-            torch.where(counted, torch.stack(exit_logits), 0).to(nll[0].dtype),  # (l, b, n-1)
+            torch.where(counted, exit_logits, 0).to(nll[0].dtype),  # (l, b, n-1)
             slope=self.looped_loss_slope,
             threshold=self.looped_loss_threshold_exit,
         )
+        return (weights.weight * token_loss).sum(), token_loss, self.looped_exit_loss_weight * exit_loss

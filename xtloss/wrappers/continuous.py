@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
 
-from xtloss.checks import check_batch, refuse_arguments
+from xtloss.checks import refuse_arguments
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.weighting.targets import Targets, count_targets, next_tokens
-from xtloss.weighting.weights import WEIGHTINGS, batch_normalizer, batch_weights, weighted_loss
-from xtloss.wrappers.inputs import mask_arguments, real_positions
-from xtloss.wrappers.options import WeightingOptions
+from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
+from xtloss.wrappers.attention_masks import is_known, mask_arguments
+from xtloss.wrappers.base import LossWrapper
+from xtloss.wrappers.inputs import join_keys, real_positions
+from xtloss.wrappers.rows import OF_THE_LOSS
+from xtloss.wrappers.stand_in import on_a_stand_in
 
 NOTES = {
     'mask': ': it says which frames are real, and the last frame of x, a target, is one of them; a mask of the inputs '
@@ -28,7 +31,7 @@ REFUSED = {
 }
 
 
-class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
+class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     """Upstream's wrapper with a choice of what each target weighs in the loss.
 
     ::
@@ -71,8 +74,7 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
         loss_weighting: str | float | None = None,
     ) -> None:
         super().__init__(net, loss_fn, use_l1_loss, equal_loss_weight_batch)
-        self.loss_weighting = loss_weighting
-        self.check_loss_options()
+        self.set_loss_options(equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
 
     def forward(
         self,
@@ -89,14 +91,15 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
     ) -> Any:
         """Return the loss of a batch of sequences of frames; float32, or wider where the outputs are wider.
 
+        Takes what `AutoregressiveWrapper.forward` takes, but for outputs, embeddings and segments, of frames:
+
         Args:
             x: (b, n, d), floating point; padding may be NaN.
             rollout_steps: more than 1: upstream's own loss over so many steps, which takes no mask and no weighting.
-            lens: (b,), integer: frames from ``lens`` on are padding.
-            mask: (b, n), bool, True = real frame: attention mask, and neither a masked frame nor the frame right after
-                one is a target.
-            loss_mask: (b, n), bool: frames that are no targets where False, though the network reads them.
-            loss_weight: (b,) or (b, n), floating point, any sign: how much a sequence, or a target, weighs. Never in Z.
+            lens: (b,), integer.
+            mask: (b, n), bool, of all frames: the last is a target too.
+            loss_mask: (b, n), bool.
+            loss_weight: (b,) or (b, n), floating point.
             normalizer: a number > 0, or 0-dim tensor >= 0, in place of Z.
             return_breakdown: return a `LossBreakdown` last.
             **kwargs: the network's, as upstream. With ``seq_start_pos`` (b,), frames before it are padding.
@@ -110,81 +113,76 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
                 where there are masks or weights.
 
         """
-        padding = {'lens': lens, 'mask': mask, 'seq_start_pos': kwargs.get('seq_start_pos')}
-        given = padding | {'loss_mask': loss_mask, 'loss_weight': loss_weight, 'normalizer': normalizer}
-        targets = self._count(x, rollout_steps, kwargs, **given)
-        is_plain = (
-            all(argument is None for argument in given.values())
-            and not return_breakdown
-            and self.weighting == WEIGHTINGS['token']
-        )
+        x, given = self._checked(x, {
+            'rollout_steps': rollout_steps, 'lens': lens, 'mask': mask, 'loss_mask': loss_mask,
+            'loss_weight': loss_weight, 'normalizer': normalizer, 'return_breakdown': return_breakdown, **kwargs,
+        })  # fmt: skip
         if rollout_steps > 1:
-            if not is_plain:
-                raise ValueError(f'rollout_steps must be 1 where there are masks or weights, got {rollout_steps}')
             return super().forward(x, rollout_steps=rollout_steps, **kwargs)
+        loss, breakdown = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
+        return (loss, breakdown) if return_breakdown else loss
 
-        inputs, kwargs = self._network_arguments(x, padding, kwargs)
+    def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> tuple[Tensor, LossBreakdown]:
+        """The equation: count, run the network, cost, weigh, one sum."""
+        targets = self._count(x, given)
+        inputs, arguments = self._rows(x, given)
         counted = targets.counted[..., None]  # (b, n-1, 1)
-        out = self.net(inputs, **kwargs)[..., : counted.shape[1], :]  # (b, n-1, d), or a mean and a variance of it
-        dtype = loss_dtype(out.dtype)
+        out = (stand_in or self.net)(inputs, **arguments)[..., : counted.shape[1], :]  # (b, n-1, d), or mean, variance
 
         # replaced before the loss, not after: the gradient of what is not finite is NaN, though it be multiplied by 0
-        frames = torch.where(counted, next_tokens(x), 1)  # (b, n-1, d)
+        frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
         losses = self.loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
+        losses = losses.to(loss_dtype(losses.dtype))
 
         if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
-            if not is_plain:
+            if not self._is_plain(given):
                 raise ValueError(
                     f'loss_fn must return {tuple(frames.shape)} or {tuple(frames.shape[:2])} where there are masks or '
                     f'weights, got {tuple(losses.shape)}'
                 )
-            return losses.mean() if counted.numel() else out.sum()
+            loss = losses.mean() if counted.numel() else torch.where(counted, out, 0).sum()
+            losses = loss.expand(counted.shape[:2])
 
-        losses = losses.to(loss_dtype(losses.dtype))
         losses = losses.mean(dim=-1) if losses.ndim == 3 else losses
         token_loss = torch.where(targets.counted, losses, 0)  # (b, n-1)
-        weights = batch_weights(targets, self.weighting, token_loss.dtype, loss_weight, normalizer)
-        loss, breakdown = weighted_loss(token_loss, weights)
-        return (loss, breakdown) if return_breakdown else loss
-
-    def loss_normalizer(
-        self,
-        x: Tensor,
-        *,
-        lens: Tensor | None = None,
-        mask: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        seq_start_pos: Tensor | None = None,
-        **network_kwargs: Any,
-    ) -> Tensor:
-        """Return Z of this batch, 0-dim, float32 or wider, without running the network.
-
-        Takes what `forward` takes, and raises what it raises. Sum it over the micro-batches of a step, hand the sum to
-        `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to those of one batch.
-        """
-        rollout_steps = network_kwargs.get('rollout_steps', 1)
-        targets = self._count(
-            x, rollout_steps, network_kwargs, lens=lens, mask=mask, loss_mask=loss_mask, seq_start_pos=seq_start_pos
+        weights = batch_weights(
+            targets, self.weighting, token_loss.dtype, given.get('loss_weight'), given.get('normalizer')
         )
-        if rollout_steps > 1:
-            raise ValueError(f'rollout_steps must be 1 where there is a normalizer, got {rollout_steps}')
-        return batch_normalizer(targets, self.weighting, self.loss_dtype)
+        return breakdown_of((weights.weight * token_loss).sum(), token_loss, weights)
 
-    def _count(self, x: Tensor, rollout_steps: int, network_arguments: dict[str, Any], **arguments: Any) -> Targets:
-        check_batch(x, kind='floating point', counts={'rollout_steps': rollout_steps}, notes=NOTES, **arguments)
-        refuse_arguments(network_arguments, REFUSED)
-        counting = {name: arguments[name] for name in ('lens', 'mask', 'loss_mask', 'seq_start_pos')}
+    # below the fold: what the lines above call
+
+    def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        steps = given.get('rollout_steps', 1)
+        x, given = self._check_batch(x, given, kind='floating point', counts={'rollout_steps': steps}, notes=NOTES)
+        refuse_arguments(given, REFUSED)
+        if steps > 1 and not self._is_plain(given):
+            raise ValueError(f'rollout_steps must be 1 where there are masks or weights, got {steps}')
+        return x, given
+
+    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        names = ('lens', 'mask', 'loss_mask', 'seq_start_pos')
+        counting: dict[str, Any] = {name: given.get(name) for name in names}
         return count_targets(x, **counting)
 
-    def _network_arguments(
-        self, x: Tensor, padding: dict[str, Tensor | None], arguments: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
+    def _is_plain(self, given: dict[str, Any]) -> bool:
+        """Whether a mean over all elements is the loss."""
+        masks = ('lens', 'mask', 'loss_mask', 'loss_weight', 'seq_start_pos', 'normalizer')
+        asks = given.get('return_breakdown', False) or any(name in given for name in masks)
+        return not asks and self.weighting == WEIGHTINGS['token']
+
+    def _rows(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """All frames but the last, 0 where they are padding, and the other arguments of the network's forward."""
         inputs = x[:, : max(1, x.shape[1] - 1)]  # a row of one frame is read, for a loss of 0 attached to the graph
-        if all(argument is None for argument in padding.values()):
+        n = inputs.shape[1]
+        padding = {name: given[name] for name in ('lens', 'mask', 'seq_start_pos') if name in given}
+        arguments = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, 'mask')}
+        if not padding:
             return inputs, arguments
-        real = real_positions(x, **padding)[:, : inputs.shape[1]]
-        arguments = mask_arguments(
-            self.net, mask=real, random_mask=None, n=real.shape[1], prepended=0, arguments=arguments
-        )
+        real = real_positions(x, **padding)[:, :n]
+        if is_known(self.net):  # right padding needs no mask: a causal network does not look there
+            padding.pop('lens', None)
+        hidden = real_positions(x, **padding)[:, :n] if padding else None
+        keys = join_keys([hidden, arguments.pop('self_attn_kv_mask', None)])
+        arguments = mask_arguments(self.net, keys, arguments, mask=hidden, queries=n)
         return inputs.masked_fill(~real[..., None], 0), arguments

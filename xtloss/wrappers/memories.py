@@ -13,23 +13,26 @@ from torch import Tensor
 
 
 class Memories(NamedTuple):
-    """One memory, and its mask, for each attention layer; None: none, or nothing in them is padding."""
+    """A memory for each attention layer, all of the same positions, and which of these are real."""
 
     mems: list[Tensor] | None = None  # (b, m, d) each
-    masks: list[Tensor] | None = None  # (b, m) bool each
+    mask: Tensor | None = None  # (b, m) bool; None: nothing in them is padding
 
 
-def memory_arguments(memories: Memories, mask: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of the network's forward for a segment with this mask, (b, s).
-
-    Without masks of their own all memories are attended to, whatever `mask` hid when they were made.
-    """
-    arguments: dict[str, Any] = {'mems': memories.mems}
+def seen_keys(memories: Memories, mask: Tensor | None, h: int) -> Tensor | None:
+    """(b, m + h) bool: what is real of the memories and of a segment with this mask, (b, s); None: all of it."""
+    if mask is None and memories.mask is None:
+        return None
+    like = mask if mask is not None else memories.mask
+    if like is None:
+        return None
+    m = memories.mems[0].shape[1] if memories.mems else 0
+    keys = torch.ones(like.shape[0], m + h, dtype=torch.bool, device=like.device)
+    if memories.mask is not None:
+        keys = keys & F.pad(memories.mask, (0, h), value=True)
     if mask is not None:
-        arguments['mask'] = mask
-    if memories.masks is not None:
-        arguments['mem_masks'] = memories.masks
-    return arguments
+        keys = keys & F.pad(mask, (m + h - mask.shape[1], 0), value=True)
+    return keys
 
 
 def remember(memories: Memories, mask: Tensor | None, intermediates: Any) -> Memories:
@@ -38,18 +41,5 @@ def remember(memories: Memories, mask: Tensor | None, intermediates: Any) -> Mem
     The network returns the ends of what its layers have attended to: their memories and their input, `hiddens`.
     """
     mems = intermediates.mems
-    if mask is None and memories.masks is None:
-        return Memories(mems)
-
-    masks = []
-    for layer, mem in enumerate(mems):
-        b, h, _ = intermediates.hiddens[layer].shape
-        seen = mem.new_ones(b, h, dtype=torch.bool)
-        if mask is not None:
-            seen = F.pad(mask, (h - mask.shape[1], 0), value=True)
-        if memories.masks is not None:
-            seen = torch.cat((memories.masks[layer], seen), dim=1)
-        elif memories.mems is not None:
-            seen = F.pad(seen, (memories.mems[layer].shape[1], 0), value=True)
-        masks.append(seen[:, seen.shape[1] - mem.shape[1] :])
-    return Memories(mems, masks)
+    keys = seen_keys(memories, mask, intermediates.hiddens[0].shape[1]) if mems else None
+    return Memories(mems, None if keys is None else keys[:, keys.shape[1] - mems[0].shape[1] :])

@@ -9,8 +9,9 @@ import x_transformers
 from torch import nn
 
 from xtloss.wrappers.autoregressive import AutoregressiveWrapper
+from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
-from xtloss.wrappers.options import WeightingOptions
+from xtloss.wrappers.tied_head import warn_of_foreign_head
 from xtloss.wrappers.xl import XLAutoregressiveWrapper
 
 M = TypeVar('M', bound=nn.Module)
@@ -20,15 +21,17 @@ class Upgrade(NamedTuple):
     """A class, what it becomes, and the options it gains, with their defaults."""
 
     upstream: type[nn.Module]
-    ours: type[WeightingOptions]
+    ours: type[LossWrapper]
     options: dict[str, Any]
 
 
 WEIGHTING = {'equal_loss_weight_batch': False, 'loss_weighting': None}
+FUSED = {'fused': 'auto'}
+ROWS = {'unpad': False, 'trust_segments': False}
 UPGRADES = (
-    Upgrade(x_transformers.AutoregressiveWrapper, AutoregressiveWrapper, WEIGHTING | {'fused': 'auto'}),
+    Upgrade(x_transformers.AutoregressiveWrapper, AutoregressiveWrapper, WEIGHTING | FUSED | ROWS),
     Upgrade(x_transformers.ContinuousAutoregressiveWrapper, ContinuousAutoregressiveWrapper, WEIGHTING),
-    Upgrade(x_transformers.XLAutoregressiveWrapper, XLAutoregressiveWrapper, WEIGHTING),
+    Upgrade(x_transformers.XLAutoregressiveWrapper, XLAutoregressiveWrapper, WEIGHTING | FUSED),
 )
 
 
@@ -56,7 +59,8 @@ def upgrade_(module: M, **options: Any) -> M:
 
     Args:
         module: the model.
-        **options: ``equal_loss_weight_batch``, ``loss_weighting``, and ``fused`` where all are `AutoregressiveWrapper`.
+        **options: ``equal_loss_weight_batch``, ``loss_weighting``; ``fused`` where there are heads; ``unpad`` and
+            ``trust_segments`` where all are `AutoregressiveWrapper`.
 
     Raises:
         TypeError: no module, or an option of the wrong type.
@@ -87,6 +91,7 @@ def upgrade_(module: M, **options: Any) -> M:
         wrapper.__class__ = upgrade.ours
         for option, value in chosen.items():
             setattr(wrapper, option, value)
+        warn_of_foreign_head(wrapper.net)
     if subclasses:
         warnings.warn(subclasses, UserWarning, stacklevel=2)
     return module

@@ -6,25 +6,32 @@ Dims: b batch, n positions, s positions of a segment, m positions of a memory, v
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper as Upstream
 
-from xtloss.checks import check_batch, refuse_arguments
-from xtloss.losses.token_losses import flat_losses
-from xtloss.weighting.targets import Targets, count_targets, next_tokens
-from xtloss.weighting.weights import batch_normalizer, batch_weights, weighted_loss
+from xtloss.checks import refuse_arguments
+from xtloss.losses.linear_head import linear_head
+from xtloss.losses.token_losses import loss_from_embeds, token_losses
+from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
+from xtloss.weighting.weights import LossBreakdown, batch_weights, breakdown_of
+from xtloss.wrappers.attention_masks import mask_arguments
+from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.inputs import legal_ids, real_positions
-from xtloss.wrappers.memories import Memories, memory_arguments, remember
-from xtloss.wrappers.options import WeightingOptions
+from xtloss.wrappers.memories import Memories, remember, seen_keys
+from xtloss.wrappers.rows import OF_THE_LOSS
+from xtloss.wrappers.stand_in import on_a_stand_in
 
 REFUSED = {
     'seq_start_pos': 'the network would count it from the start of every segment; mask is cut with the segments',
+    'prepend_embeds': 'every segment would get them',
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
 }
-REFUSED_BESIDE_MASK = {'self_attn_kv_mask': 'the network drops mask when it has this one'}
+REFUSED_BESIDE_MASK = {'self_attn_kv_mask': 'mask says which keys are real'}
+OF_SEGMENTS = frozenset('mask mems mem_masks dropout_mems ttt_recurrent_steps'.split())
+PER_TOKEN = ('embed_ids', 'sum_embeds', 'condition')  # of the network's arguments, those that are cut with the segments
 
 
 class Segment(NamedTuple):
@@ -32,11 +39,13 @@ class Segment(NamedTuple):
 
     ids: Tensor  # (b, s), what the network reads
     mask: Tensor | None  # (b, s)
-    next_ids: Tensor  # (b, s), the targets
+    next_ids: Tensor  # (b, s), the targets; the last segment may have one less of these three
     counted: Tensor  # (b, s)
+    weight: Tensor  # (b, s)
+    arguments: dict[str, Any]  # of the network's forward
 
 
-class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
+class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     """Upstream's wrapper, for rows longer than the network, with a choice of what each target weighs in the loss.
 
     ::
@@ -59,6 +68,7 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         *args: upstream's arguments, as are other keywords.
         equal_loss_weight_batch: each sequence weighs the same, whatever its length: ``loss_weighting='sequence'``.
         loss_weighting: 'token', 'sequence', 'square', 'padded', 'sequence_sum', or a number in [0, 1].
+        fused: head and loss of each segment in one pass, as in `AutoregressiveWrapper`; not with test-time training.
         **kwargs: upstream's.
 
     Raises:
@@ -80,12 +90,13 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
         *args: Any,
         equal_loss_weight_batch: bool = False,
         loss_weighting: str | float | None = None,
+        fused: bool | Literal['auto'] = 'auto',
         **kwargs: Any,
     ) -> None:
         super().__init__(net, *args, **kwargs)
-        self.equal_loss_weight_batch = equal_loss_weight_batch
-        self.loss_weighting = loss_weighting
-        self.check_loss_options()
+        self.set_loss_options(
+            equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting, fused=fused
+        )
 
     def forward(
         self,
@@ -104,138 +115,165 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
     ) -> Any:
         """Return the loss of a batch of token ids, in nats; float32, or wider where the logits are wider.
 
+        Takes what `AutoregressiveWrapper.forward` takes, but for outputs, embeddings and segment ids, and besides:
+
         Args:
             x: (b, n), token ids of any integer dtype; ``ignore_index`` where there is no target.
-            mems: memories of what came before the rows, (b, m, d) a layer, with ``mem_masks`` where some is padding.
+            mems: memories of what came before the rows, (b, m, d) a layer. Where some of that is padding, ``mem_masks``
+                has (b, m) bool for each layer, all alike.
             dropout_mems: let every segment forget those before.
             ttt_recurrent_steps: passes over a segment, each after an update by test-time training.
-            lens: (b,), integer: tokens from ``lens`` on are padding.
-            mask: (b, n), bool, True = real token: attention mask, of segments and memories, and neither a masked token
-                nor the token right after one is a target. Masked ids may be anything.
-            loss_mask: (b, n), bool: tokens that are no targets where False, though the network reads them.
-            loss_weight: (b,) or (b, n), floating point, any sign: how much a sequence, or a target, weighs. Never in Z.
+            lens: (b,), integer.
+            mask: (b, n), bool, of segments and memories.
+            loss_mask: (b, n), bool.
+            loss_weight: (b,) or (b, n), floating point.
             normalizer: a number > 0, or 0-dim tensor >= 0, in place of Z.
             return_breakdown: return a `LossBreakdown` last.
-            **kwargs: the network's, as upstream: each segment gets the same.
+            **kwargs: the network's, as upstream. ``embed_ids``, ``sum_embeds`` and ``condition`` of each token are cut
+                with the segments; each segment gets all of the others.
 
         Returns:
             ``loss`` or ``(loss, breakdown)``. Where nothing counts the loss is 0 and its gradients are zeros.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: of the wrong shape, device or range; ``seq_start_pos``; ``self_attn_kv_mask`` beside ``mask``.
+            ValueError: of the wrong shape, device or range; ``seq_start_pos``; ``self_attn_kv_mask`` beside ``mask``;
+                ``fused=True`` where it cannot be.
 
         """
-        x, targets = self._count(
-            x, ttt_recurrent_steps, kwargs,
-            lens=lens, mask=mask, loss_mask=loss_mask, loss_weight=loss_weight, normalizer=normalizer,
-        )  # fmt: skip
-        memories = Memories(mems, kwargs.pop('mem_masks', None))
-        segments = self._segments(x, targets.counted, lens=lens, mask=mask)
-        with torch.enable_grad() if self._trains_at_test_time else nullcontext():
-            token_loss = self._token_losses(segments, memories, dropout_mems, ttt_recurrent_steps, kwargs)  # (b, n-1)
-            weights = batch_weights(targets, self.weighting, token_loss.dtype, loss_weight, normalizer)
-            loss, breakdown = weighted_loss(token_loss, weights)
+        x, given = self._checked(x, {
+            'mems': mems, 'dropout_mems': dropout_mems, 'ttt_recurrent_steps': ttt_recurrent_steps,
+            'lens': lens, 'mask': mask, 'loss_mask': loss_mask, 'loss_weight': loss_weight,
+            'normalizer': normalizer, 'return_breakdown': return_breakdown, **kwargs,
+        })  # fmt: skip
+        loss, breakdown = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
         return (loss, breakdown) if return_breakdown else loss
 
-    def loss_normalizer(
-        self,
-        x: Tensor,
-        *,
-        lens: Tensor | None = None,
-        mask: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        **network_kwargs: Any,
-    ) -> Tensor:
-        """Return Z of this batch, 0-dim, float32 or wider, without running the network.
+    def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> tuple[Tensor, LossBreakdown]:
+        """The equation: count, weigh, run the network over the segments, cost, one sum."""
+        targets = self._count(x, given)
+        weights = batch_weights(
+            targets, self.weighting, self.loss_dtype, given.get('loss_weight'), given.get('normalizer')
+        )
+        segments = self._segments(x, targets.counted, weights.weight, given)
+        with torch.enable_grad() if self._trains_at_test_time else nullcontext():
+            total, token_loss = self._costs(stand_in or self.net, segments, given)  # (), (b, n-1)
+            return breakdown_of(total, token_loss, weights)
 
-        Takes what `forward` takes, and raises what it raises. Sum it over the micro-batches of a step, hand the sum to
-        `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to those of one batch.
-        """
-        recurrent_steps = network_kwargs.get('ttt_recurrent_steps', 1)
-        _, targets = self._count(x, recurrent_steps, network_kwargs, lens=lens, mask=mask, loss_mask=loss_mask)
-        return batch_normalizer(targets, self.weighting, self.loss_dtype)
+    # below the fold: what the lines above call
 
     @property
     def _trains_at_test_time(self) -> bool:
         return getattr(self, 'has_ttt', False)  # x-transformers 2.20 has no test-time training
 
-    def _count(
-        self, x: Tensor, recurrent_steps: int, network_arguments: dict[str, Any], **arguments: Any
-    ) -> tuple[Tensor, Targets]:
-        check_batch(x, counts={'ttt_recurrent_steps': recurrent_steps}, **arguments)
-        if recurrent_steps > 1 and not self._trains_at_test_time:
-            raise ValueError(f'ttt_recurrent_steps must be 1 without test-time training, got {recurrent_steps}')
-        refuse_arguments(network_arguments, REFUSED)
-        if arguments['mask'] is not None:
-            refuse_arguments(network_arguments, REFUSED_BESIDE_MASK)
-        x = x.long()  # unsigned ids would wrap a negative ignore_index
-        counting = {name: arguments[name] for name in ('lens', 'mask', 'loss_mask')}
-        return x, count_targets(x, ignore_index=self.ignore_index, **counting)
+    def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        steps = given.get('ttt_recurrent_steps', 1)
+        x, given = self._check_batch(x, given, counts={'ttt_recurrent_steps': steps})
+        if steps > 1 and not self._trains_at_test_time:
+            raise ValueError(f'ttt_recurrent_steps must be 1 without test-time training, got {steps}')
+        refuse_arguments(given, REFUSED)
+        if 'mask' in given:
+            refuse_arguments(given, REFUSED_BESIDE_MASK)
+        self._fuses(given)
+        return x, given
 
-    def _segments(self, x: Tensor, counted: Tensor, *, lens: Tensor | None, mask: Tensor | None) -> list[Segment]:
+    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        names = ('lens', 'mask', 'loss_mask')
+        counting: dict[str, Any] = {name: given.get(name) for name in names}
+        return count_targets(x, ignore_index=self.ignore_index, **counting)
+
+    def _why_not_fused(self, given: dict[str, Any]) -> str | None:
+        return 'test-time training reads logits' if self._trains_at_test_time else super()._why_not_fused(given)
+
+    def _segments(self, x: Tensor, counted: Tensor, weight: Tensor, given: dict[str, Any]) -> list[Segment]:
         """Cut inputs and targets alike; a row of one token is read, for a loss of 0 attached to the graph."""
-        ids = legal_ids(x, ignore_index=self.ignore_index, pad_value=self.pad_value, lens=lens, mask=mask)
-        next_ids = x.masked_fill(~real_positions(x, lens=lens, mask=mask), self.ignore_index)
+        real = real_positions(x, lens=given.get('lens'), mask=given.get('mask'))
+        ids = legal_ids(x, ignore_index=self.ignore_index, pad_value=self.pad_value, real=real)
+        next_ids = next_tokens(x.masked_fill(~real, self.ignore_index))
+        arguments = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, *OF_SEGMENTS)}
 
-        def cut(t: Tensor) -> tuple[Tensor, ...]:
-            return t.split(self.max_seq_len, dim=1)
+        def piece(t: Any, start: int) -> Any:
+            if isinstance(t, dict):
+                return {name: piece(value, start) for name, value in t.items()}
+            is_per_token = isinstance(t, Tensor) and t.ndim > 1 and t.shape[:2] == x.shape
+            return t[:, start : min(start + self.max_seq_len, inputs)] if is_per_token else t
+
+        def cut(t: Tensor, start: int) -> Tensor:
+            return t[:, start : start + self.max_seq_len]
 
         inputs = max(1, x.shape[1] - 1)
-        ids_ = cut(ids[:, :inputs])
-        masks = [None] * len(ids_) if mask is None else cut(mask[:, :inputs])
-        return [Segment(*pieces) for pieces in zip(ids_, masks, cut(next_tokens(next_ids)), cut(counted), strict=True)]
+        return [
+            Segment(
+                cut(ids[:, :inputs], start),
+                cut(given['mask'][:, :inputs], start) if 'mask' in given else None,
+                cut(next_ids, start),
+                cut(counted, start),
+                cut(weight, start),
+                {name: piece(value, start) if name in PER_TOKEN else value for name, value in arguments.items()},
+            )
+            for start in range(0, inputs, self.max_seq_len)
+        ]
 
-    def _token_losses(
-        self,
-        segments: list[Segment],
-        memories: Memories,
-        dropout_mems: bool,
-        recurrent_steps: int,
-        arguments: dict[str, Any],
-    ) -> Tensor:
-        """Nll of each target, (b, n-1), 0 where it is not counted: upstream's way through the segments.
+    def _costs(self, net: Any, segments: list[Segment], given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Σ w · ℓ, 0-dim, and ℓ, (b, n-1), 0 where it is not counted: upstream's way through the segments.
 
         From one segment to the next go memories, and parameters that are trained at test time. Both are cut off from
         the graph after every `tbptt_steps` segments; in x-transformers 2.20 memories are after each.
         """
+        fuse, steps = self._fuses(given), given.get('ttt_recurrent_steps', 1)
+        memories = Memories(given.get('mems'), next(iter(given.get('mem_masks') or ()), None))
         if self._trains_at_test_time:
             self.init_ttt(len(segments[0].ids))
 
-        losses = []
+        costs = []
         for index, segment in enumerate(segments):
             cut_off = (index + 1) % getattr(self, 'tbptt_steps', 1) == 0
-            if dropout_mems or not len(segment.ids):  # x-transformers cannot attend to the memories of no rows
+            if given.get('dropout_mems', False):
                 memories = Memories()
-            call = arguments | memory_arguments(memories, segment.mask)
-            if hasattr(self, 'tbptt_steps'):
-                call['detach_mems'] = cut_off
+            call = self._network_arguments(segment, memories, cut_off)
+            if fuse:
+                call['return_embeddings'] = True
 
-            for step in range(recurrent_steps):
-                logits, intermediates = self.net(segment.ids, return_mems=True, return_intermediates=True, **call)
-                is_last_step = step == recurrent_steps - 1
+            for step in range(steps):
+                out, intermediates = net(segment.ids, return_mems=True, return_intermediates=True, **call)
+                is_last_step = step == steps - 1
                 if is_last_step:
-                    losses.append(self._segment_losses(logits, segment))
+                    costs.append(self._segment_costs(out, segment, fuse))
                 if self._trains_at_test_time and not (is_last_step and segment is segments[-1]):
-                    self.update_ttt(logits, segment.next_ids, create_graph=self.training, intermediates=intermediates)
+                    self.update_ttt(out, segment.next_ids, create_graph=self.training, intermediates=intermediates)
 
             memories = remember(memories, segment.mask, intermediates)
             if self._trains_at_test_time and cut_off:
-                for wrapper in self.ttt_wrappers.values():
-                    wrapper.batch_params = {
-                        name: p.detach().requires_grad_(p.requires_grad) for name, p in wrapper.batch_params.items()
-                    }
-        return torch.cat(losses, dim=1)
+                self._cut_off_test_time_parameters()
+        totals, losses = zip(*costs, strict=True)
+        return torch.stack(totals).sum(), torch.cat(losses, dim=1)
 
-    def _segment_losses(self, logits: Tensor, segment: Segment) -> Tensor:
-        """Nll of each target of a segment, (b, s), 0 where it is not counted."""
+    def _network_arguments(self, segment: Segment, memories: Memories, cut_off: bool) -> dict[str, Any]:
+        tokens = getattr(self.net, 'memory_tokens', None)
+        s = segment.ids.shape[1]
+        keys = seen_keys(memories, segment.mask, s + (0 if tokens is None else len(tokens)))
+        arguments = dict(segment.arguments)
+        if memories.mems is not None:
+            arguments['mems'] = memories.mems
+        if hasattr(self, 'tbptt_steps'):
+            arguments['detach_mems'] = cut_off
+        return mask_arguments(self.net, keys, arguments, mask=segment.mask, queries=s)
+
+    def _cut_off_test_time_parameters(self) -> None:
+        for wrapper in self.ttt_wrappers.values():
+            wrapper.batch_params = {
+                name: p.detach().requires_grad_(p.requires_grad) for name, p in wrapper.batch_params.items()
+            }
+
+    def _segment_costs(self, out: Tensor, segment: Segment, fuse: bool) -> tuple[Tensor, Tensor]:
+        """Σ w · ℓ of a segment, 0-dim, and ℓ, (b, s), 0 where it is not counted."""
         b, s = segment.ids.shape
-        if logits.ndim != 3 or logits.shape[:2] != (b, s):
-            raise ValueError(f'the network must return ({b}, {s}, vocab), got {tuple(logits.shape)}')
-        logits = logits[:, : segment.counted.shape[1]]
-        ids = torch.where(segment.counted, segment.next_ids, 0)
+        if out.ndim != 3 or out.shape[:2] != (b, s):
+            raise ValueError(f'the network must return ({b}, {s}, vocab), got {tuple(out.shape)}')
+        place = torch.arange(b * s, device=out.device).view(b, s)[:, : segment.counted.shape[1]]
+        ids, outputs = torch.where(segment.counted, segment.next_ids, 0), Outputs(place)
+        if fuse:
+            return loss_from_embeds(linear_head(self.net), out, ids, segment.counted, segment.weight, outputs)
         net: Any = self if hasattr(self, 'output_is_log_prob') else self.net  # upstream may have wrapped self.net
-        losses = flat_losses(
-            logits.flatten(0, 1), ids.flatten(), segment.counted.flatten(), is_log_prob=net.output_is_log_prob
-        )
-        return losses.view_as(ids)
+        nll = token_losses(out, ids, segment.counted, outputs, is_log_prob=net.output_is_log_prob)
+        return (segment.weight * nll).sum(), nll

@@ -1,0 +1,142 @@
+"""What all wrappers share: the options that choose a weighting, Z of a batch, and copies that stay whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtloss.checks import ARGUMENTS, check_batch, check_flags
+from xtloss.losses.cross_entropy import loss_dtype
+from xtloss.losses.linear_cross_entropy import refuse_transforms
+from xtloss.losses.linear_head import why_not_linear
+from xtloss.weighting.targets import Targets
+from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
+from xtloss.wrappers.rows import OF_THE_LOSS
+from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
+
+
+class LossWrapper(nn.Module):
+    """A wrapper with `equal_loss_weight_batch` and `loss_weighting`, plain attributes that may be set at any time.
+
+    A subclass says by `_checked` what it takes, and by `_count` which of its targets count.
+    """
+
+    net: Any
+    equal_loss_weight_batch: bool
+    loss_weighting: str | float | None
+    fused: bool | str = False  # a wrapper without a head never fuses
+
+    def set_loss_options(self, **options: Any) -> None:
+        """Set the options, in the constructor; raise TypeError or ValueError unless they are legal."""
+        for name, value in options.items():
+            setattr(self, name, value)
+        self.check_loss_options()
+        warn_of_foreign_head(self.net)
+
+    @property
+    def weighting(self) -> Weighting:
+        """The weighting that the options stand for; TypeError or ValueError where they stand for none."""
+        return resolve_weighting(self.loss_weighting, self.equal_loss_weight_batch)
+
+    def check_loss_options(self) -> None:
+        """Raise TypeError or ValueError unless the options are legal."""
+        _ = self.weighting
+        if not isinstance(self.fused, (bool, str)):
+            raise TypeError(f"fused must be bool or 'auto', got {type(self.fused).__name__}")
+        if self.fused not in (True, False, 'auto'):
+            raise ValueError(f"fused must be True, False or 'auto', got {self.fused!r}")
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """float32, or wider where a parameter is."""
+        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        return reduce(torch.promote_types, map(loss_dtype, dtypes), torch.float32)
+
+    def loss_normalizer(
+        self,
+        x: Tensor,
+        *,
+        lens: Tensor | None = None,
+        mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        seq_start_pos: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        **network_kwargs: Any,
+    ) -> Tensor:
+        """Return Z of this batch, 0-dim, float32 or wider, without running the network.
+
+        Takes what `forward` takes, and raises what it raises. Sum it over the micro-batches of a step, hand the sum to
+        `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to those of one batch.
+        """
+        given = {
+            'lens': lens,
+            'mask': mask,
+            'loss_mask': loss_mask,
+            'seq_start_pos': seq_start_pos,
+            'segment_ids': segment_ids,
+            **network_kwargs,
+        }
+        self._refuse_unknown(network_kwargs)
+        x, given = self._checked(x, given)
+        return batch_normalizer(self._count(x, given), self.weighting, self.loss_dtype)
+
+    def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Check all that `forward` was given, by name; return it without what is None, integers as int64."""
+        raise NotImplementedError
+
+    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        raise NotImplementedError
+
+    def _check_batch(self, x: Tensor, given: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
+        self.check_loss_options()
+        given = {name: value for name, value in given.items() if value is not None}
+        flags = ('return_outputs', 'return_breakdown')
+        check_flags(**{name: given[name] for name in flags if name in given})
+        counting = {name: value for name, value in given.items() if name in ARGUMENTS}
+        check_batch(x, normalizer=given.get('normalizer'), **counting, **options)
+        wide = {name: value.long() for name, value in counting.items() if ARGUMENTS[name][0] == 'integer'}
+        return x if x.is_floating_point() else x.long(), {**given, **wide}
+
+    def _fuses(self, given: dict[str, Any]) -> bool:
+        """Whether head and loss are one in a call; ValueError where they must be and cannot."""
+        if self.fused is False:
+            return False
+        why_not = self._why_not_fused(given)
+        if why_not is None:
+            refuse_transforms()
+        elif self.fused is True:
+            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
+        return why_not is None
+
+    def _why_not_fused(self, given: dict[str, Any]) -> str | None:
+        if given.get('return_outputs', False):
+            return 'return_outputs asks for logits'
+        return why_not_linear(self.net, [name for name in given if name not in OF_THE_LOSS])
+
+    def _refuse_unknown(self, given: Iterable[str]) -> None:
+        """Raise TypeError for an argument that neither `forward` nor the network's forward has."""
+        known = {*inspect.signature(type(self).forward).parameters}
+        for module in (self.net, getattr(self.net, 'attn_layers', None)):
+            classes = [cls for cls in type(module).__mro__ if 'forward' in vars(cls) and cls is not nn.Module]
+            if not classes or not classes[0].__module__.startswith('x_transformers.'):
+                return  # somebody else's forward, which may take anything
+            known = known.union(*(inspect.signature(vars(cls)['forward']).parameters for cls in classes))
+        for name in given:
+            if name not in known:
+                raise TypeError(f'loss_normalizer() got an unexpected keyword argument {name!r}')
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose tied head would go on reading the embedding of the original."""
+        super().__setstate__(state)
+        rebind_tied_heads(self)
+
+    def extra_repr(self) -> str:
+        """Show the weighting beside the network."""
+        default = 'sequence' if self.equal_loss_weight_batch else 'token'
+        return f'loss_weighting={default if self.loss_weighting is None else self.loss_weighting!r}'
