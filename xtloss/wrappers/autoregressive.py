@@ -158,7 +158,7 @@ class AutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
             return_next_embed_pred=self.add_continuous_pred_head,
             prepend_embeds=prepend_embeds,
             looped_pred_all_logits=True,
-            **arguments | ({'return_embeddings': True} if fuse else {}),
+            **{**arguments, **({'return_embeddings': True} if fuse else {})},
         )
         if self.add_continuous_pred_head:
             out, (next_embed_pred, embeds) = out

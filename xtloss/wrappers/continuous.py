@@ -111,7 +111,7 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
 
         """
         padding = {'lens': lens, 'mask': mask, 'seq_start_pos': kwargs.get('seq_start_pos')}
-        given = padding | {'loss_mask': loss_mask, 'loss_weight': loss_weight, 'normalizer': normalizer}
+        given = {**padding, 'loss_mask': loss_mask, 'loss_weight': loss_weight, 'normalizer': normalizer}
         targets = self._count(x, rollout_steps, kwargs, **given)
         is_plain = (
             all(argument is None for argument in given.values())

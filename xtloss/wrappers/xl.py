@@ -207,7 +207,7 @@ class XLAutoregressiveWrapper(WeightingOptions, Upstream):  # type: ignore[misc]
             cut_off = (index + 1) % getattr(self, 'tbptt_steps', 1) == 0
             if dropout_mems or not len(segment.ids):  # x-transformers cannot attend to the memories of no rows
                 memories = Memories()
-            call = arguments | memory_arguments(memories, segment.mask)
+            call = {**arguments, **memory_arguments(memories, segment.mask)}
             if hasattr(self, 'tbptt_steps'):
                 call['detach_mems'] = cut_off
 
