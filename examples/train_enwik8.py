@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -29,15 +30,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from enwik8_config import Config, ConfigError, resolve, run_name
 from enwik8_report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
-from enwik8_sequences import draw, split_text, to_batch
 from enwik8_text import DataError, find_text, read_text
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Adam, Optimizer
 from tqdm import tqdm
-from x_transformers import Decoder, TransformerWrapper
 
-from xtloss import AutoregressiveWrapper, global_normalizer
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')  # x-transformers calls it when imported
+    from enwik8_sequences import draw, split_text, to_batch
+    from x_transformers import Decoder, TransformerWrapper
+
+    from xtloss import AutoregressiveWrapper, global_normalizer
 
 Batch = dict[str, Tensor]  # what the wrapper's forward takes
 

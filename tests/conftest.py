@@ -1,15 +1,10 @@
 """What every test starts from: one thread, a fixed seed, few and reproducible hypothesis examples."""
 
 import random
-import warnings
 
 import hypothesis
 import pytest
 import torch
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore', DeprecationWarning)  # warnings are errors here, and x-transformers uses torch.jit
-    import x_transformers  # noqa: F401
 
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it brings
 

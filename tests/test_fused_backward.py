@@ -89,7 +89,6 @@ def functions(p: Problem) -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.filterwarnings('ignore:`torch.jit.script` is deprecated')  # torch's own jvp uses it
 @pytest.mark.parametrize('name', functions(problem(0, 1, 1)))
 def test_more_than_a_gradient_is_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match=FUSED_FALSE):

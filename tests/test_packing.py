@@ -65,7 +65,7 @@ def test_unpack_gives_every_sequence_back_in_order(case, dtypes):
         assert all(one.dtype == dtype and torch.equal(one, other) for one, other in zip(back, sequences, strict=True))
         if lengths:
             assert x.dtype == dtype
-            assert torch.all(x[segment_ids == 0].float() == 1)
+            assert torch.all(x.float()[segment_ids == 0] == 1)
         layouts.append(segment_ids)
     assert all(torch.equal(layout, layouts[0]) for layout in layouts)
 

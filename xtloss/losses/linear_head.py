@@ -8,9 +8,10 @@ from __future__ import annotations
 from types import FunctionType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from x_transformers.x_transformers import TokenEmbedding, TransformerWrapper
+
+from xtloss.tracing import constant
 
 # what may be handed to the network's forward: none of it changes what the head reads, does, or is read for
 PLAIN_ARGUMENTS = frozenset(
@@ -55,7 +56,7 @@ def why_not_linear(net: Any, arguments: list[str]) -> str | None:
     return _why_not_plain_network(net)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _why_not_plain_network(net: Any) -> str | None:
     if type(net) is not TransformerWrapper:
         return f'the network is a {type(net).__name__}, not a TransformerWrapper'

@@ -33,6 +33,7 @@ def looped_losses(
 
 def exit_probabilities(exit_logits: Tensor) -> Tensor:
     """Of stopping right after each loop: the gate opens there and at none before; the last loop takes what is left."""
-    stay = F.pad(F.logsigmoid(-exit_logits[:-1]).cumsum(dim=0), (0, 0, 0, 0, 1, 0))  # up to each loop
-    leave = F.pad(F.logsigmoid(exit_logits[:-1]), (0, 0, 0, 0, 0, 1))
+    certain = torch.zeros_like(exit_logits[:1])  # log 1
+    stay = torch.cat([certain, F.logsigmoid(-exit_logits[:-1]).cumsum(dim=0)])  # up to each loop
+    leave = torch.cat([F.logsigmoid(exit_logits[:-1]), certain])
     return (stay + leave).exp()

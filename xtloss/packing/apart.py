@@ -21,6 +21,8 @@ from x_transformers.x_transformers import (
     TransformerWrapper,
 )
 
+from xtloss.tracing import constant
+
 # options of x-transformers under which no sequence moves another: tests/test_segments.py proves each of these networks
 # fmt: off
 APART: tuple[dict[str, Any], ...] = (
@@ -94,7 +96,7 @@ class Verdict(NamedTuple):
 _verdicts: WeakKeyDictionary[nn.Module, tuple[int, Verdict]] = WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def verdict(net: nn.Module) -> Verdict:
     """Judge a network, anew whenever an attribute of one of its modules has been set to something else."""
     state = hash(tuple(id(value) for module in net.modules() for value in (type(module), *vars(module).values())))

@@ -61,7 +61,13 @@ def pack(
     index = token_index(best_fit_decreasing(lengths, max_len))
     x = concatenate('sequences', sequences, pad_value)
     index = index.to(x.device)
-    return x[index], sequence_numbers(lengths).to(x.device)[index]
+    return take(x, index), sequence_numbers(lengths).to(x.device)[index]
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens[index]; torch 2.6 cannot index the wider unsigned dtypes."""
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+    return tokens.view(signed.get(tokens.dtype, tokens.dtype))[index].view(tokens.dtype)
 
 
 def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
@@ -97,7 +103,7 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
     lengths = first.diff(append=first.new_tensor([segment_ids.numel()]))
     runs = torch.split(values.flatten(0, 1), lengths.tolist())
 
-    ids = segment_ids.flatten()[first]
+    ids = take(segment_ids.flatten(), first).long()
     order = ids.argsort(stable=True)
     return [runs[k] for k in order[ids[order] != 0].tolist()]
 

@@ -44,16 +44,16 @@ def segment_arguments(
     net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
     run = run_numbers(segment_ids)  # (b, n)
     if isinstance(net.pos_emb, AbsolutePositionalEmbedding):
-        arguments = arguments | {'pos': positions_in_run(run)}
+        arguments = {**arguments, 'pos': positions_in_run(run)}
     if varlen:
-        return arguments | {'flash_pack_seq_kwargs': varlen_arguments(run)}
+        return {**arguments, 'flash_pack_seq_kwargs': varlen_arguments(run)}
 
     # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
     # those that it overlooks it lets attend to everything
     attn_mask = (run[:, :, None] == run[:, None, :]).tril()[:, None]  # (b, 1, n, n)
     if arguments.get('attn_mask') is not None:
         attn_mask = attn_mask & arguments['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
-    return arguments | {'attn_mask': attn_mask}
+    return {**arguments, 'attn_mask': attn_mask}
 
 
 def check_segments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False) -> bool:
