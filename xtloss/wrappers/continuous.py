@@ -17,6 +17,7 @@ from xtloss.weighting.targets import Targets, count_targets, next_tokens
 from xtloss.weighting.weights import WEIGHTINGS, batch_normalizer, batch_weights, weighted_loss
 from xtloss.wrappers.inputs import mask_arguments, real_positions
 from xtloss.wrappers.options import WeightingOptions
+from xtloss.wrappers.rollout import count_rollout, refuse_rollout, roll_out
 
 NOTES = {
     'mask': ': it says which frames are real, and the last frame of x, a target, is one of them; a mask of the inputs '
@@ -91,7 +92,10 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
 
         Args:
             x: (b, n, d), floating point; padding may be NaN.
-            rollout_steps: more than 1: upstream's own loss over so many steps, which takes no mask and no weighting.
+            rollout_steps: k > 1: in each row of more than k real frames, padded right, the network reads
+                1 + floor(u · (length - k)) of them, u = ``torch.rand(b)``, and predicts the next k, each from those
+                that it predicted; a probabilistic one draws them. These k are the row's targets, L = k, and
+                ``loss_weight`` (b, n) is read at them; shorter rows have none. k passes of the network, with no cache.
             lens: (b,), integer: frames from ``lens`` on are padding.
             mask: (b, n), bool, True = real frame: attention mask, and neither a masked frame nor the frame right after
                 one is a target.
@@ -106,8 +110,8 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: of the wrong shape, device or range; a rollout with masks or weights; a ``loss_fn`` that reduces
-                where there are masks or weights.
+            ValueError: of the wrong shape, device or range; a rollout with ``loss_mask``, ``seq_start_pos``, or what
+                the network reads frame by frame; a ``loss_fn`` that reduces where there are masks or weights.
 
         """
         padding = {'lens': lens, 'mask': mask, 'seq_start_pos': kwargs.get('seq_start_pos')}
@@ -118,14 +122,12 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
             and not return_breakdown
             and self.weighting == WEIGHTINGS['token']
         )
+        counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
         if rollout_steps > 1:
-            if not is_plain:
-                raise ValueError(f'rollout_steps must be 1 where there are masks or weights, got {rollout_steps}')
-            return super().forward(x, rollout_steps=rollout_steps, **kwargs)
-
-        inputs, kwargs = self._network_arguments(x, padding, kwargs)
-        counted = targets.counted[..., None]  # (b, n-1, 1)
-        out = self.net(inputs, **kwargs)[..., : counted.shape[1], :]  # (b, n-1, d), or a mean and a variance of it
+            out, x, loss_weight = roll_out(self.net, x, targets, loss_weight, lens=lens, mask=mask, arguments=kwargs)
+        else:
+            inputs, kwargs = self._network_arguments(x, padding, kwargs)
+            out = self.net(inputs, **kwargs)[..., : counted.shape[1], :]  # (b, n-1, d), or a mean and a variance of it
         dtype = loss_dtype(out.dtype)
 
         # replaced before the loss, not after: the gradient of what is not finite is NaN, though it be multiplied by 0
@@ -138,7 +140,7 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
                     f'loss_fn must return {tuple(frames.shape)} or {tuple(frames.shape[:2])} where there are masks or '
                     f'weights, got {tuple(losses.shape)}'
                 )
-            return losses.mean() if counted.numel() else out.sum()
+            return torch.where(counted.any(), losses.mean(), 0) if counted.numel() else out.sum()
 
         losses = losses.to(loss_dtype(losses.dtype))
         losses = losses.mean(dim=-1) if losses.ndim == 3 else losses
@@ -166,13 +168,14 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
         targets = self._count(
             x, rollout_steps, network_kwargs, lens=lens, mask=mask, loss_mask=loss_mask, seq_start_pos=seq_start_pos
         )
-        if rollout_steps > 1:
-            raise ValueError(f'rollout_steps must be 1 where there is a normalizer, got {rollout_steps}')
         return batch_normalizer(targets, self.weighting, self.loss_dtype)
 
     def _count(self, x: Tensor, rollout_steps: int, network_arguments: dict[str, Any], **arguments: Any) -> Targets:
         check_batch(x, kind='floating point', counts={'rollout_steps': rollout_steps}, notes=NOTES, **arguments)
         refuse_arguments(network_arguments, REFUSED)
+        if rollout_steps > 1:
+            refuse_rollout(network_arguments | arguments)
+            return count_rollout(x, rollout_steps, lens=arguments['lens'], mask=arguments['mask'])
         counting = {name: arguments[name] for name in ('lens', 'mask', 'loss_mask', 'seq_start_pos')}
         return count_targets(x, **counting)
 
