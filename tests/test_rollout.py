@@ -359,6 +359,13 @@ def test_refused(name: str) -> None:
             run(frames(), rollout_steps=2, **{name: PER_FRAME[name]})
 
 
+@pytest.mark.parametrize('width', [1, D + 1])
+def test_other_features_than_those_it_reads(width: int) -> None:
+    wrapper = ContinuousAutoregressiveWrapper(Stub(torch.zeros(B, N, width)), cosine)
+    with pytest.raises(ValueError, match=f'^net must predict 5 features, those it reads, in a rollout, got {width}$'):
+        wrapper(frames(), K)
+
+
 def test_types_are_checked_first() -> None:
     wrapper = ContinuousAutoregressiveWrapper(Unreachable())
     with pytest.raises(TypeError, match=r'^loss_mask must be bool, got int64$'):

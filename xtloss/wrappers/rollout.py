@@ -105,7 +105,12 @@ def predict_frames(
     outs = []
     for step in range(steps if n > steps else 1):
         outs.append(net(read, **arguments)[..., rows, first + step - 1, :])  # (..., b, 1, d)
-        frame = torch.where(counted[..., None], sample(outs[-1]).to(x.dtype), 0)
+        frame = sample(outs[-1])  # (b, 1, d)
+        if frame.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f'net must predict {x.shape[-1]} features, those it reads, in a rollout, got {frame.shape[-1]}'
+            )
+        frame = torch.where(counted[..., None], frame.to(x.dtype), 0)
         i = torch.arange(read.shape[1] + 1, device=x.device)
         read = torch.where((i == first + step)[..., None], frame, F.pad(read, (0, 0, 0, 1)))
     return torch.cat(outs, dim=-2)
