@@ -122,15 +122,6 @@ def test_generate_is_inherited() -> None:
     torch.testing.assert_close(got, Upstream(network()).generate(start, 4))
 
 
-@pytest.mark.parametrize('steps', [2, 3])
-def test_a_rollout_is_upstreams(steps: int) -> None:
-    losses = []
-    for cls in (Upstream, ContinuousAutoregressiveWrapper):
-        torch.manual_seed(3)
-        losses.append(cls(network())(frames(), steps).item())
-    assert losses[0] == losses[1]
-
-
 @given(
     seed=st.integers(0, 10**6),
     b=st.integers(1, 4),
@@ -430,17 +421,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({'rollout_steps': 0}, ValueError, 'rollout_steps must be >= 1, got 0'),
     ({'prepend_embeds': torch.zeros(B, 1, 16)}, ValueError, 'prepend_embeds cannot be given here: .*'),
     ({'segment_ids': REAL.long()}, ValueError, 'segment_ids cannot be given here: .*'),
-    *(
-        ({'rollout_steps': 2} | call, ValueError, 'rollout_steps must be 1 where there are masks or weights, got 2')
-        for call in (
-            {'lens': LENS},
-            {'mask': REAL},
-            {'loss_mask': REAL},
-            {'loss_weight': torch.ones(B)},
-            {'normalizer': 1.0},
-            {'return_breakdown': True},
-        )
-    ),
 ]
 
 
@@ -459,11 +439,6 @@ def test_bad_options() -> None:
         ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True, loss_weighting='token')
     with pytest.raises(TypeError, match='equal_loss_weight_batch must be bool, got int'):
         ContinuousAutoregressiveWrapper(Unreachable(), None, False, 1)
-    weighted = ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True)
-    with pytest.raises(ValueError, match='rollout_steps must be 1'):
-        weighted(frames(), 2)
-    with pytest.raises(ValueError, match='rollout_steps must be 1'):
-        weighted.loss_normalizer(frames(), rollout_steps=2)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -10,6 +10,7 @@ Dims: b batch, h heads, i queries, k keys: those of the queries are the last.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +104,14 @@ def visible_keys(
     in_reach = seen & (past if window is None else past.triu(k - queries - window))
     lost = ~in_reach.any(dim=-1, keepdim=True)  # (b, 1 or h, i, 1)
     return (seen & past if causal else seen) | (itself & lost)
+
+
+def precision_of(net: nn.Module, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Where a narrow network is handed `mask`, and so makes float32 of its activations: autocast them back."""
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    if 'mask' not in arguments or dtype not in (torch.bfloat16, torch.float16) or not is_known(net):
+        return nullcontext()
+    return torch.autocast(arguments['mask'].device.type, dtype)
 
 
 def position_arguments(net: Any, start: Tensor | None, n: int, prepended: int, pos: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from xtloss.losses.token_losses import loss_from_embeds, next_embed_loss, token_
 from xtloss.packing.segments import check_segments
 from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
 from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, normalize
+from xtloss.wrappers.attention_masks import precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.rows import OF_THE_LOSS, Rows, network_rows
 from xtloss.wrappers.stand_in import on_a_stand_in
@@ -215,14 +216,15 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 
     def _run(self, net: Any, rows: Rows, fuse: bool) -> tuple[Tensor, Any, Any]:
         """Logits, or embeddings for a fused head; intermediates; predicted and read embeddings, where there are any."""
-        out, cache = net(
-            rows.ids,
-            return_intermediates=True,
-            return_attn_z_loss=self.add_attn_z_loss,
-            return_next_embed_pred=self.add_continuous_pred_head,
-            looped_pred_all_logits=True,
-            **{**rows.arguments, **({'return_embeddings': True} if fuse else {})},
-        )
+        with precision_of(self.net, rows.arguments):
+            out, cache = net(
+                rows.ids,
+                return_intermediates=True,
+                return_attn_z_loss=self.add_attn_z_loss,
+                return_next_embed_pred=self.add_continuous_pred_head,
+                looped_pred_all_logits=True,
+                **{**rows.arguments, **({'return_embeddings': True} if fuse else {})},
+            )
         out, next_embed = out if self.add_continuous_pred_head else (out, None)
         return out, cache, next_embed
 

@@ -15,9 +15,10 @@ from xtloss.checks import refuse_arguments
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.weighting.targets import Targets, count_targets, next_tokens
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
-from xtloss.wrappers.attention_masks import is_known, mask_arguments
+from xtloss.wrappers.attention_masks import is_known, mask_arguments, precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.inputs import join_keys, real_positions
+from xtloss.wrappers.rollout import count_rollout, refuse_rollout, roll_out
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.stand_in import on_a_stand_in
 
@@ -29,6 +30,9 @@ REFUSED = {
     'prepend_embeds': 'the outputs would no longer be aligned with the targets',
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
 }
+RETURNS = dict.fromkeys(
+    ('return_intermediates', 'return_mems', 'return_attn', 'return_embeddings'), 'forward returns a loss'
+)
 
 
 class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
@@ -95,7 +99,10 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
         Args:
             x: (b, n, d), floating point; padding may be NaN.
-            rollout_steps: more than 1: upstream's own loss over so many steps, which takes no mask and no weighting.
+            rollout_steps: k > 1: in each row of more than k real frames, padded right, the network reads
+                1 + floor(u · (length - k)) of them, u = ``torch.rand(b)``, and predicts the next k, each from those
+                that it predicted; a probabilistic one draws them. These k are the row's targets, L = k, and
+                ``loss_weight`` (b, n) is read at them; shorter rows have none. k passes of the network, with no cache.
             lens: (b,), integer.
             mask: (b, n), bool, of all frames: the last is a target too.
             loss_mask: (b, n), bool.
@@ -109,25 +116,29 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
-            ValueError: of the wrong shape, device or range; a rollout with masks or weights; a ``loss_fn`` that reduces
-                where there are masks or weights.
+            ValueError: of the wrong shape, device or range; a rollout with ``loss_mask``, ``seq_start_pos``, or what
+                the network reads frame by frame; a ``loss_fn`` that reduces where there are masks or weights.
 
         """
         x, given = self._checked(x, {
             'rollout_steps': rollout_steps, 'lens': lens, 'mask': mask, 'loss_mask': loss_mask,
             'loss_weight': loss_weight, 'normalizer': normalizer, 'return_breakdown': return_breakdown, **kwargs,
         })  # fmt: skip
-        if rollout_steps > 1:
-            return super().forward(x, rollout_steps=rollout_steps, **kwargs)
         loss, breakdown = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
         return (loss, breakdown) if return_breakdown else loss
 
     def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> tuple[Tensor, LossBreakdown]:
         """The equation: count, run the network, cost, weigh, one sum."""
         targets = self._count(x, given)
-        inputs, arguments = self._rows(x, given)
-        counted = targets.counted[..., None]  # (b, n-1, 1)
-        out = (stand_in or self.net)(inputs, **arguments)[..., : counted.shape[1], :]  # (b, n-1, d), or mean, variance
+        counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
+        net, loss_weight = stand_in or self.net, given.get('loss_weight')
+        if given.get('rollout_steps', 1) > 1:
+            out, x, loss_weight = roll_out(net, x, targets, given)
+        else:
+            inputs, arguments = self._rows(x, given)
+            with precision_of(self.net, arguments):
+                out = net(inputs, **arguments)
+            out = out[..., : counted.shape[1], :]  # (b, n-1, d), or a mean and a variance of it
 
         # replaced before the loss, not after: the gradient of what is not finite is NaN, though it be multiplied by 0
         frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
@@ -135,19 +146,16 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         losses = losses.to(loss_dtype(losses.dtype))
 
         if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
-            if not self._is_plain(given):
+            if stand_in is None and not self._is_plain(given):
                 raise ValueError(
                     f'loss_fn must return {tuple(frames.shape)} or {tuple(frames.shape[:2])} where there are masks or '
                     f'weights, got {tuple(losses.shape)}'
                 )
-            loss = losses.mean() if counted.numel() else torch.where(counted, out, 0).sum()
-            losses = loss.expand(counted.shape[:2])
+            losses = losses.mean().expand(counted.shape[:2]) if counted.numel() else out[..., 0]
 
         losses = losses.mean(dim=-1) if losses.ndim == 3 else losses
         token_loss = torch.where(targets.counted, losses, 0)  # (b, n-1)
-        weights = batch_weights(
-            targets, self.weighting, token_loss.dtype, given.get('loss_weight'), given.get('normalizer')
-        )
+        weights = batch_weights(targets, self.weighting, token_loss.dtype, loss_weight, given.get('normalizer'))
         return breakdown_of((weights.weight * token_loss).sum(), token_loss, weights)
 
     # below the fold: what the lines above call
@@ -156,11 +164,14 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         steps = given.get('rollout_steps', 1)
         x, given = self._check_batch(x, given, kind='floating point', counts={'rollout_steps': steps}, notes=NOTES)
         refuse_arguments(given, REFUSED)
-        if steps > 1 and not self._is_plain(given):
-            raise ValueError(f'rollout_steps must be 1 where there are masks or weights, got {steps}')
+        refuse_arguments({name: given.get(name) or None for name in RETURNS}, RETURNS)
+        if steps > 1:
+            refuse_rollout(given)
         return x, given
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        if given.get('rollout_steps', 1) > 1:
+            return count_rollout(x, given['rollout_steps'], lens=given.get('lens'), mask=given.get('mask'))
         names = ('lens', 'mask', 'loss_mask', 'seq_start_pos')
         counting: dict[str, Any] = {name: given.get(name) for name in names}
         return count_targets(x, **counting)
@@ -176,13 +187,12 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         inputs = x[:, : max(1, x.shape[1] - 1)]  # a row of one frame is read, for a loss of 0 attached to the graph
         n = inputs.shape[1]
         padding = {name: given[name] for name in ('lens', 'mask', 'seq_start_pos') if name in given}
-        arguments = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, 'mask')}
-        if not padding:
-            return inputs, arguments
-        real = real_positions(x, **padding)[:, :n]
+        if padding:
+            inputs = inputs.masked_fill(~real_positions(x, **padding)[:, :n, None], 0)
         if is_known(self.net):  # right padding needs no mask: a causal network does not look there
             padding.pop('lens', None)
-        hidden = real_positions(x, **padding)[:, :n] if padding else None
-        keys = join_keys([hidden, arguments.pop('self_attn_kv_mask', None)])
-        arguments = mask_arguments(self.net, keys, arguments, mask=hidden, queries=n)
-        return inputs.masked_fill(~real[..., None], 0), arguments
+        mask = real_positions(x, **padding)[:, :n] if padding else None
+        hidden = ('mask', 'self_attn_kv_mask', *OF_THE_LOSS)
+        arguments = {name: value for name, value in given.items() if name not in hidden}
+        keys = join_keys([mask, given.get('self_attn_kv_mask')])
+        return inputs, mask_arguments(self.net, keys, arguments, mask=mask, queries=n)

@@ -17,7 +17,7 @@ from xtloss.losses.linear_head import linear_head
 from xtloss.losses.token_losses import loss_from_embeds, token_losses
 from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
 from xtloss.weighting.weights import LossBreakdown, batch_weights, breakdown_of
-from xtloss.wrappers.attention_masks import mask_arguments
+from xtloss.wrappers.attention_masks import mask_arguments, precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.inputs import legal_ids, real_positions
 from xtloss.wrappers.memories import Memories, remember, seen_keys
@@ -235,7 +235,8 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
                 call['return_embeddings'] = True
 
             for step in range(steps):
-                out, intermediates = net(segment.ids, return_mems=True, return_intermediates=True, **call)
+                with precision_of(self.net, call):
+                    out, intermediates = net(segment.ids, return_mems=True, return_intermediates=True, **call)
                 is_last_step = step == steps - 1
                 if is_last_step:
                     costs.append(self._segment_costs(out, segment, fuse))

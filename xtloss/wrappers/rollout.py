@@ -1,0 +1,134 @@
+"""Rollout: a network of frames reads the beginning of each row, then predicts k frames, each from those it predicted.
+
+Dims: b batch, n positions, d features, k steps; the network's output may be a mean and a variance, (2, b, n, d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xtloss.checks import refuse_arguments
+from xtloss.weighting.targets import Targets
+from xtloss.wrappers.inputs import real_positions
+from xtloss.wrappers.rows import OF_THE_LOSS
+
+MIN_VARIANCE = 1e-5
+PER_FRAME = (
+    'attn_bias attn_mask cache deep_embeds_and_ids flash_pack_seq_kwargs in_attn_cond polar_pos_emb pos '
+    'rotary_pos_emb self_attn_kv_mask self_attn_kv_residuals sum_embeds'
+)
+REFUSED = {
+    'loss_mask': 'which frames a rollout predicts is drawn',
+    'seq_start_pos': 'the rows of a rollout start at their first frame; pad them right',
+    **dict.fromkeys(PER_FRAME.split(), 'it is for given frames, and a rollout reads frames that it predicts'),
+}
+
+
+def refuse_rollout(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments that a rollout cannot follow."""
+    refuse_arguments(arguments, REFUSED)
+    condition = arguments.get('condition')
+    if isinstance(condition, Tensor) and condition.ndim == 3:
+        raise ValueError(f'condition must have shape (b, d) in a rollout, got {tuple(condition.shape)}')
+
+
+def count_rollout(x: Tensor, steps: int, *, lens: Tensor | None = None, mask: Tensor | None = None) -> Targets:
+    """Count the k frames predicted, (b, k), in each row of more than k real frames; known before any is drawn."""
+    length = real_positions(x, lens=lens, mask=mask).sum(dim=1, keepdim=True)  # (b, 1)
+    counted = length > steps
+    lengths = steps * counted
+    return Targets(counted.expand(-1, steps), lengths.expand(-1, steps), lengths)
+
+
+def roll_out(
+    net: nn.Module,
+    x: Tensor,  # (b, n, d)
+    targets: Targets,  # (b, k)
+    given: Mapping[str, Any],  # all that the wrapper's forward was given
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw the frames to predict and predict them.
+
+    ::
+
+        c = 1 + floor(u · (length - k))    u = torch.rand(b), for every row, before anything else is drawn
+        out[:, s] = net(x[:c], frame[0], ..., frame[s - 1])[-1]                          s = 0 … k-1, in each row
+        frame[s] = out[:, s], or mean + √max(variance, 1e-5) · ε                 ε = torch.randn(b, 1, d) a step
+
+    Every frame read lies where the row has it, so positions count from 0; what lies after it is 0, and must not
+    matter, as in any causal network. So the network needs no mask, and nothing is copied to the host.
+
+    Rows are padded right. One whose `mask` has a real frame after padding is read as NaN: a mask's values cannot be
+    checked without a stall, and a loss of NaN is seen.
+
+    Returns:
+        The outputs that predict the k frames, (b, k, d) or (2, b, k, d), or those of one step, which broadcast to
+        them, where no row is long enough; x and loss_weight of the last frame read and the k after it, (b, k+1, ...).
+
+    """
+    arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS and name != 'mask'}
+    real, loss_weight = real_positions(x, lens=given.get('lens'), mask=given.get('mask')), given.get('loss_weight')
+    steps = targets.counted.shape[1]
+    spare = (real.sum(dim=1) - steps).clamp(min=0)  # (b,)
+    first = 1 + (torch.rand(len(x), device=x.device) * spare).floor().long()  # (b,), c: the first frame predicted
+
+    resumes = (real[:, 1:] & ~real[:, :-1]).any(dim=1)
+    x = x.masked_fill(resumes[:, None, None], torch.nan)
+    out = predict_frames(net, x, first, targets.counted, arguments)
+
+    if loss_weight is not None and loss_weight.ndim == 2:
+        loss_weight = around(loss_weight, first, steps)
+    return out, around(x, first, steps), loss_weight
+
+
+def predict_frames(
+    net: nn.Module,
+    x: Tensor,  # (b, n, d)
+    first: Tensor,  # (b,)
+    counted: Tensor,  # (b, k)
+    arguments: Mapping[str, Any],
+) -> Tensor:
+    """Outputs of the k steps, each at the last frame that the row has by then; (..., b, k, d)."""
+    n, steps = x.shape[1], counted.shape[1]
+    rows, first, counted = torch.arange(len(x), device=x.device)[:, None], first[:, None], counted[:, :1]  # (b, 1)
+
+    # a row that does not count reads zeros, also later: what it would predict from its own predictions may overflow
+    i = torch.arange(max(1, n - steps), device=x.device)  # no row begins with more frames than these
+    read = torch.where((counted & (i < first))[..., None], x[:, : len(i)], 0)
+
+    outs = []
+    for step in range(steps if n > steps else 1):
+        outs.append(net(read, **arguments)[..., rows, first + step - 1, :])  # (..., b, 1, d)
+        frame = sample(outs[-1])  # (b, 1, d)
+        if frame.shape[-1] != x.shape[-1]:
+            raise ValueError(
+                f'net must predict {x.shape[-1]} features, those it reads, in a rollout, got {frame.shape[-1]}'
+            )
+        frame = torch.where(counted[..., None], frame.to(x.dtype), 0)
+        i = torch.arange(read.shape[1] + 1, device=x.device)
+        read = torch.where((i == first + step)[..., None], frame, F.pad(read, (0, 0, 0, 1)))
+    return torch.cat(outs, dim=-2)
+
+
+def sample(out: Tensor) -> Tensor:
+    """The frame predicted, (b, 1, d): the output, or drawn from the normal distribution that it stands for, (2, ...).
+
+    By its mean and deviation, so that gradients reach both.
+    """
+    if out.ndim == 3:
+        return out
+    mean, variance = out
+    return mean + variance.clamp(min=MIN_VARIANCE).sqrt() * torch.randn(mean.shape, device=mean.device)
+
+
+def around(t: Tensor, first: Tensor, steps: int) -> Tensor:
+    """(b, n, ...) -> (b, k+1, ...): the frame before the first one predicted, and the k predicted.
+
+    Targets are aligned with it as with any row. Rows of k frames or fewer, which do not count, repeat their last.
+    """
+    i = first[:, None] - 1 + torch.arange(steps + 1, device=t.device)  # (b, k+1)
+    return t[torch.arange(len(t), device=t.device)[:, None], i.clamp(max=t.shape[1] - 1)]
