@@ -57,6 +57,8 @@ class Config:
 def compare(config: Config) -> None:
     """Measure and print a table."""
     judge(config)
+    if config.vocab < 256:
+        raise UsageError(f'--vocab must be at least 256: there are so many bytes, got {config.vocab}')
     if config.device == 'cuda' and not torch.cuda.is_available():
         raise UsageError('--device cuda: no CUDA device here')
     if config.threads is not None:
