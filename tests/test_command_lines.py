@@ -274,7 +274,7 @@ def test_table_and_picture_print_the_same_digits(folder, monkeypatch):
 
 def test_a_legend_shows_every_run_whole(folder):
     """Six runs, one of a long name, one that looks like TeX, one that is broken TeX."""
-    names = ['$x^2$', '$\\frac', 'x' * 120, *'abc']
+    names = ['$x^2$', '$\\frac$', 'x' * 120, *'abc']
     for name in names:
         assert len(palette.label(name)) <= palette.LONGEST_LABEL + 2
     drawn = {}
