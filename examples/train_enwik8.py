@@ -189,9 +189,9 @@ def train(config: Config) -> None:
             is_last = step == config.steps
             if is_last or step % config.validate_every == 0:
                 rows = validate(accelerator, model, split.held_out, config)
-                log(step=step, bits_per_byte=[row._asdict() for row in rows])
                 over_tokens, over_sequences = rows[-1].over_tokens, rows[-1].over_sequences
                 check_finite(over_tokens, step)
+                log(step=step, bits_per_byte=[row._asdict() for row in rows])
                 say(f'step {step:,}: {over_tokens:.3f} bits per byte over tokens, {over_sequences:.3f} over sequences')
             if main and (is_last or step % config.generate_every == 0):
                 say(sample(accelerator, model, split.held_out, config.generate_length, step))
