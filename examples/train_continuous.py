@@ -23,7 +23,9 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 import x_transformers
+from command_line import UsageError, judge, one_line_errors, writable_folder
 from matplotlib.figure import Figure
+from palette import LIBRARIES
 from torch import Generator, Tensor, nn
 from torch.optim import Adam
 from tqdm import tqdm
@@ -112,10 +114,12 @@ def train(label: str, model: nn.Module, config: Config) -> None:
     """Train one wrapper on batches that hang on the seed alone."""
     generator = Generator().manual_seed(config.seed)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
-    bar = tqdm(range(config.steps), desc=label)
-    for _ in bar:
+    bar = tqdm(range(1, config.steps + 1), desc=label)
+    for step in bar:
         batch = record(config.batch_size, config.noise, generator)
         loss = model(batch.x, lens=batch.lens)
+        if not loss.isfinite():
+            raise UsageError(f'the loss is not finite at step {step}: --learning-rate may be too large')
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -148,13 +152,14 @@ def draw(models: dict[str, nn.Module], held_out: Recordings, path: Path) -> None
         axes.plot(held_out.x[row, :end, 0], '.', color='grey', markersize=4, label='recording')
         for label, model in models.items():
             ahead = model.generate(held_out.x[row, :end], AHEAD)  # (AHEAD, d)
-            axes.plot(range(end, end + AHEAD), ahead[:, 0], linewidth=2, label=f'predicted, {label}')
-        axes.axvline(end - 0.5, color='grey', linewidth=0.8)
-        axes.axhline(0, color='grey', linewidth=0.8, linestyle=':')
+            colour = LIBRARIES[label]
+            axes.plot(range(end, end + AHEAD), ahead[:, 0], linewidth=2, color=colour, label=f'predicted, {label}')
+        axes.axvline(end - 0.5, color='grey', linewidth=0.8, label='end of the recording')
+        axes.axhline(0, color='grey', linewidth=0.8, linestyle=':', label='value of padding')
         axes.set_ylabel('position')
         axes.spines[['top', 'right']].set_visible(False)
-    axes.set_xlabel('frame; the vertical line is where the recording ends, 0 is the value of padding')
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=4, loc='outside upper center')
+    axes.set_xlabel('frame')
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, ncols=3, loc='outside upper center')
     figure.savefig(path, dpi=144)
 
 
@@ -166,22 +171,26 @@ def table(measured: dict[str, dict[str, float]], noise: float) -> str:
     return '\n'.join((title, head, '-' * len(head), *body))
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Train both wrappers as the command line says, measure, and draw."""
-    config = tyro.cli(Config, args=args)
+def compare(config: Config) -> None:
+    """Train both wrappers, measure, and draw."""
+    judge(config)
+    if config.dim % config.heads:
+        raise UsageError(f'--dim must be a multiple of --heads, got {config.dim} and {config.heads}')
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
-    folder = Path('runs') / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        models = {
+            'x-transformers': x_transformers.ContinuousAutoregressiveWrapper(build_network(config)),
+            'xtloss': ContinuousAutoregressiveWrapper(
+                build_network(config),
+                equal_loss_weight_batch=config.equal_loss_weight_batch,
+                loss_weighting=config.loss_weighting,
+            ),
+        }
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    folder = writable_folder(Path('runs') / config.name)
     (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
 
-    weighting = {
-        'equal_loss_weight_batch': config.equal_loss_weight_batch,
-        'loss_weighting': config.loss_weighting,
-    }
-    models = {
-        'x-transformers': x_transformers.ContinuousAutoregressiveWrapper(build_network(config)),
-        'xtloss': ContinuousAutoregressiveWrapper(build_network(config), **weighting),
-    }
     held_out = record(config.held_out, config.noise, Generator().manual_seed(config.seed + 1))
     measured = {}
     for label, model in models.items():
@@ -189,9 +198,16 @@ def main(args: Sequence[str] | None = None) -> None:
         model.eval()
         measured[label] = measure(model, held_out)
 
-    draw(models, held_out, folder / PICTURE)
+    print(f'\n{table(measured, config.noise)}\n')
     (folder / 'metrics.json').write_text(json.dumps(measured, indent=2) + '\n')
-    print(f'\n{table(measured, config.noise)}\n\n{folder}: config.json, metrics.json, {PICTURE}')
+    draw(models, held_out, folder / PICTURE)
+    print(f'{folder}: config.json, metrics.json, {PICTURE}')
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare as the command line says."""
+    with one_line_errors(Path(__file__).name):
+        compare(tyro.cli(Config, args=args))
 
 
 if __name__ == '__main__':

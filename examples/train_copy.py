@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
+from command_line import UsageError, judge, one_line_errors, writable_folder
 from matplotlib.figure import Figure
+from palette import WEIGHTINGS
 from torch import Generator, Tensor, nn
 from torch.optim import Adam
 from tqdm import tqdm
@@ -39,8 +41,8 @@ PICTURE = 'accuracy_by_length.png'
 class Config:
     """Train the same model on the same batches once for each weighting; compare what it can copy."""
 
-    weightings: tuple[str, ...] = ('token', 'sequence')
-    """By name; the longest sequences have most of the tokens, the shortest are most of the sequences."""
+    weightings: tuple[Literal['token', 'sequence', 'square', 'padded', 'sequence_sum'], ...] = ('token', 'sequence')
+    """The longest sequences have most of the tokens, the shortest are most of the sequences."""
     num_tokens: int = 16
     """Different tokens to copy."""
     dim: int = 64
@@ -141,6 +143,8 @@ def train(label: str, model: nn.Module, config: Config, held_out: Batch) -> dict
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f'{loss.item():.3f}', refresh=False)
+        if not loss.isfinite():
+            raise UsageError(f'the loss is not finite at step {step}: --learning-rate may be too large')
         if step in config.measure_after:
             measured[step] = measure(model, held_out)
     return measured
@@ -162,14 +166,15 @@ def table(reports: dict[str, list[Row]]) -> str:
 
 def draw_by_length(measured: dict[int, dict[str, list[Row]]], path: Path) -> None:
     """Draw the part of tokens that each weighting's model copies right, by length of the sequence, a panel a moment."""
-    figure = Figure(figsize=(5 * len(measured) + 1, 4), layout='constrained')
+    figure = Figure(figsize=(5.5 * len(measured) + 1, 4), layout='constrained')
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, (step, reports) in zip(panels, measured.items(), strict=True):
         width = 0.8 / len(reports)
         for index, (name, rows) in enumerate(reports.items()):
             where = [group + width * (index - (len(reports) - 1) / 2) for group in range(len(rows))]
-            bars = axes.bar(where, [100 * row.tokens for row in rows], width, label=name)
-            axes.bar_label(bars, fmt='%.0f', fontsize=8, padding=2)
+            colour = WEIGHTINGS[name]
+            bars = axes.bar(where, [100 * row.tokens for row in rows], width, label=name, color=colour)
+            axes.bar_label(bars, fmt='%.1f', fontsize=8, padding=2)  # as many digits as the table has
         axes.set_xticks(range(len(rows)), [row.lengths for row in rows])
         axes.set_xlabel('tokens of the sequence')
         axes.set_title(f'after {step} steps')
@@ -179,12 +184,13 @@ def draw_by_length(measured: dict[int, dict[str, list[Row]]], path: Path) -> Non
     figure.savefig(path, dpi=144)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Train once for each weighting as the command line says, measure, and draw."""
-    config = tyro.cli(Config, args=args)
+def compare(config: Config) -> None:
+    """Train once for each weighting, measure, and draw."""
+    judge(config)
+    if config.dim % config.heads:
+        raise UsageError(f'--dim must be a multiple of --heads, got {config.dim} and {config.heads}')
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it brings
-    folder = Path('runs') / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(Path('runs') / config.name)
     (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
 
     held_out = draw(config.held_out, config.num_tokens, Generator().manual_seed(config.seed + 1))
@@ -193,18 +199,25 @@ def main(args: Sequence[str] | None = None) -> None:
         for weighting in config.weightings
     }
     measured = {
-        step: {weighting: rows[step] for weighting, rows in trained.items()} for step in sorted(config.measure_after)
+        step: {weighting: rows[step] for weighting, rows in trained.items()}
+        for step in sorted(set(config.measure_after))
     }
 
-    draw_by_length(measured, folder / PICTURE)
+    for step, reports in measured.items():
+        print(f'\nafter {step} steps\n{table(reports)}')
     as_json = {
         step: {weighting: [row._asdict() for row in rows] for weighting, rows in reports.items()}
         for step, reports in measured.items()
     }
     (folder / 'metrics.json').write_text(json.dumps(as_json, indent=2) + '\n')
-    for step, reports in measured.items():
-        print(f'\nafter {step} steps\n{table(reports)}')
+    draw_by_length(measured, folder / PICTURE)
     print(f'\n{folder}: config.json, metrics.json, {PICTURE}')
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare as the command line says."""
+    with one_line_errors(Path(__file__).name):
+        compare(tyro.cli(Config, args=args))
 
 
 if __name__ == '__main__':

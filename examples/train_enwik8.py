@@ -14,8 +14,8 @@ n - positions
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,13 +24,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+# read when torch is imported: threads that wait for one another sleep, where they would spin and hold up a busy machine
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from enwik8_config import Config, ConfigError, resolve, run_name
-from enwik8_report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
-from enwik8_text import DataError, find_text, read_text
+from command_line import UsageError, one_line_errors, open_log, writable_folder
+from enwik8.config import Config, resolve, run_name
+from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
+from enwik8.sequences import draw, split_text, to_batch
+from enwik8.text import find_text, read_text
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Adam, Optimizer
@@ -50,7 +55,7 @@ PROMPT = 32  # bytes
 
 
 def build_model(config: Config) -> AutoregressiveWrapper:
-    """Build the network and its loss. Raises `ConfigError` for a weighting that is none."""
+    """Build the network and its loss. Raises `UsageError` for a weighting that is none."""
     net = TransformerWrapper(
         num_tokens=256,
         max_seq_len=config.seq_len,
@@ -70,7 +75,7 @@ def build_model(config: Config) -> AutoregressiveWrapper:
             net, equal_loss_weight_batch=config.equal_loss_weight_batch, loss_weighting=config.loss_weighting
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def micro_batches_of(step: Sequence[bytes], config: Config, accelerator: Accelerator) -> list[Batch]:
@@ -107,8 +112,9 @@ def optimizer_step(accelerator: Accelerator, model: Module, optimizer: Optimizer
     return accelerator.reduce(total, 'mean').item()
 
 
-def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], batch_size: int) -> list[Row]:
+def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], config: Config) -> list[Row]:
     """Report on the held-out sequences; each process scores its share of the batches."""
+    batch_size = config.batch_size * config.grad_accum
     by_length = sorted(held_out, key=len)  # little padding
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     share = batches[accelerator.process_index :: accelerator.num_processes]
@@ -117,18 +123,27 @@ def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes],
     on_device = (to_device(to_batch(batch), accelerator.device) for batch in bar)
     found = list(costs(accelerator.unwrap_model(model), on_device))
     model.train()
-    return report(gather_object(found))
+    return report(gather_object(found), longest=config.seq_len + 1)
 
 
-def sample(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], length: int) -> str:
+@torch.no_grad()
+def sample(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], length: int, step: int) -> str:
     """Return how the model goes on from the beginnings of three held-out sequences."""
     prompts = [sequence[:PROMPT] for sequence in held_out[:3]]
     batch = to_device(to_batch(prompts), accelerator.device)
-    generated = accelerator.unwrap_model(model).generate(batch['x'], length, prompt_lens=batch['lens'])  # (b, length)
+    wrapper = accelerator.unwrap_model(model)
+    check_finite(wrapper(**batch).item(), step)  # nobody can draw from probabilities that are nan
+    generated = wrapper.generate(batch['x'], length, prompt_lens=batch['lens'])  # (b, length)
     return '\n'.join(
         f'{"-" * 30}\n{printable(prompt)} >>> {printable(bytes(ids))}'
         for prompt, ids in zip(prompts, generated.tolist(), strict=True)
     )
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raise `UsageError` where a training has gone astray."""
+    if not math.isfinite(loss):
+        raise UsageError(f'the loss is not finite at step {step}: --learning-rate may be too large')
 
 
 def printable(text: bytes) -> str:
@@ -144,6 +159,10 @@ def train(config: Config) -> None:
     main, say = accelerator.is_main_process, accelerator.on_main_process(tqdm.write)
 
     config = resolve(config, accelerator.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model = build_model(config)
     say(f'preset {config.preset}, on {accelerator.device} x {accelerator.num_processes}')
 
     source = find_text(config.data) if main else ''
@@ -152,17 +171,13 @@ def train(config: Config) -> None:
     config = replace(config, data=source, name=config.name or run_name(config, source))
     say(f'{source}: {len(split.train):,} {config.sequences} to train on, {len(split.held_out):,} held out')
 
-    torch.manual_seed(config.seed)
-    model = build_model(config)
     model, optimizer = accelerator.prepare(model, Adam(model.parameters(), lr=config.learning_rate))
     generator = torch.Generator().manual_seed(config.seed)  # of the batches alone
 
     folder = Path('runs') / config.name
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
-
-    with open(folder / METRICS if main else os.devnull, 'w') as metrics:
+    with open_log(writable_folder(folder) / METRICS) if main else open(os.devnull, 'w') as metrics:
+        if main:
+            (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
 
         def log(**record: Any) -> None:
             print(json.dumps(record), file=metrics, flush=True)
@@ -171,22 +186,25 @@ def train(config: Config) -> None:
             start = time.perf_counter()
             sequences = draw(split.train, config.batch_size * config.grad_accum, generator)  # of all processes
             loss = optimizer_step(accelerator, model, optimizer, micro_batches_of(sequences, config, accelerator))
+            check_finite(loss, step)
             tokens_per_second = sum(map(len, sequences)) / (time.perf_counter() - start)
             bar.set_postfix(loss=f'{loss:.3f}', tokens_per_second=f'{tokens_per_second:,.0f}', refresh=False)
             log(step=step, train_loss=loss, tokens_per_second=round(tokens_per_second))
 
             is_last = step == config.steps
             if is_last or step % config.validate_every == 0:
-                rows = validate(accelerator, model, split.held_out, config.batch_size * config.grad_accum)
-                log(step=step, bits_per_byte=[row._asdict() for row in rows])
+                rows = validate(accelerator, model, split.held_out, config)
                 over_tokens, over_sequences = rows[-1].over_tokens, rows[-1].over_sequences
+                check_finite(over_tokens, step)
+                log(step=step, bits_per_byte=[row._asdict() for row in rows])
                 say(f'step {step:,}: {over_tokens:.3f} bits per byte over tokens, {over_sequences:.3f} over sequences')
             if main and (is_last or step % config.generate_every == 0):
-                say(sample(accelerator, model, split.held_out, config.generate_length))
+                say(sample(accelerator, model, split.held_out, config.generate_length, step))
 
+    say(f'\n{table(rows)}\n')
     if main:
         draw_by_length({config.name: rows}, folder / PICTURE)
-    say(f'\n{table(rows)}\n\n{folder}: config.json, {METRICS}, {PICTURE}')
+    say(f'{folder}: config.json, {METRICS}, {PICTURE}')
     accelerator.wait_for_everyone()
     model, optimizer = accelerator.free_memory(model, optimizer)  # the last owner of a process group may hang
     accelerator.end_training()
@@ -194,11 +212,8 @@ def train(config: Config) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train as the command line says; exit with 2 and one line where it, or the text, is no good."""
-    try:
+    with one_line_errors(Path(__file__).name):
         train(tyro.cli(Config, args=args))
-    except (ConfigError, DataError) as error:
-        print(f'{Path(__file__).name}: {error}', file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == '__main__':

@@ -1,9 +1,15 @@
-"""The README's Python blocks, run in the order in which a reader meets them, each seeing the names of those before."""
+"""The README's Python blocks, run in the order in which a reader meets them, each seeing the names of those before.
+
+And what the README and the gallery point to is there.
+"""
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / 'README.md'
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README, GALLERY = ROOT / 'README.md', ROOT / 'examples' / 'README.md'
 BLOCK = re.compile(r'(?P<reason><!-- not run: .+? -->\s*)?^```python\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -32,3 +38,31 @@ def test_what_is_a_block() -> None:
         '<!-- not run: needs two GPUs -->\n```python\nz\n```\n\n```python\nw = 2\n```\n'
     )
     assert python_blocks(text) == [(2, 'x = 1\n'), (13, 'w = 2\n')]
+
+
+def anchor(heading: str) -> str:
+    """The anchor that a heading has on GitHub."""
+    return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
+
+
+@pytest.mark.parametrize('page', [README, GALLERY], ids=['README', 'gallery'])
+def test_links_and_commands_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r'\]\(([^)]+)\)', text) if not link.startswith('http')]
+    scripts = re.findall(r'\bpython (\S+\.py)', text)
+    assert links
+    assert scripts
+    for script in scripts:
+        assert (ROOT / script).is_file(), script
+    for path, _, heading in (link.partition('#') for link in links):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if heading:
+            assert heading in {anchor(line.lstrip('#')) for line in target.read_text().splitlines() if line[:1] == '#'}
+
+
+def test_every_script_and_figure_is_in_the_gallery() -> None:
+    text = GALLERY.read_text()
+    scripts = [path for path in GALLERY.parent.rglob('*.py') if 'import tyro' in path.read_text()]
+    for path in (*scripts, *GALLERY.parent.glob('figures/*')):
+        assert str(path.relative_to(GALLERY.parent)) in text, path

@@ -17,17 +17,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tyro
 from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
-import enwik8_report  # noqa: E402
-import enwik8_sequences  # noqa: E402
-import enwik8_text  # noqa: E402
 import train_enwik8  # noqa: E402
-from enwik8_config import PRESETS, Config, ConfigError, resolve, run_name  # noqa: E402
-from enwik8_text import DataError, find_text, read_text  # noqa: E402
+from command_line import UsageError  # noqa: E402
+from enwik8 import report as enwik8_report  # noqa: E402
+from enwik8 import sequences as enwik8_sequences  # noqa: E402
+from enwik8 import text as enwik8_text  # noqa: E402
+from enwik8.config import PRESETS, Config, resolve, run_name  # noqa: E402
+from enwik8.text import DataError, find_text, read_text  # noqa: E402
 
 ARTICLE = '<page>\n  <title>{0}</title>\n  <text>Of {0} it is said:\n\n{1}\n* {0} too\n</text>\n</page>\n'
 TEXT = ''.join(ARTICLE.format(f'number {i}', 'so ' * (i * 7 % 60)) for i in range(200)).encode()
@@ -365,7 +367,7 @@ def test_presets_fill_in_what_is_left_out():
     assert (base.batch_size, base.grad_accum, base.learning_rate) == (4, 4, 1e-4)
     assert resolve(Config(preset='base'), torch.device('cpu')).depth == 6
     assert PRESETS['tiny'].keys() == PRESETS['base'].keys()
-    with pytest.raises(ConfigError, match=r'^steps must be at least 1, got 0$'):
+    with pytest.raises(UsageError, match=r'^--steps must be at least 1, got 0$'):
         resolve(Config(steps=0), torch.device('cpu'))
 
 
@@ -376,6 +378,8 @@ def test_presets_fill_in_what_is_left_out():
         ({'equal_loss_weight_batch': True}, 'enwik8-lines-sequence'),
         ({'loss_weighting': 'square', 'sequences': 'pages'}, 'enwik8-pages-square'),
         ({'loss_weighting': 0.3}, 'enwik8-lines-0.3'),
+        ({'loss_weighting': 1.0}, 'enwik8-lines-sequence'),
+        ({'loss_weighting': 0.0, 'layout': 'packed'}, 'enwik8-lines-token-packed'),
     ],
 )
 def test_runs_are_named_by_what_tells_them_apart(options, name):
@@ -387,7 +391,7 @@ def test_runs_are_named_by_what_tells_them_apart(options, name):
     [
         (['--data', 'missing.gz'], 'cannot read missing.gz: No such file or directory'),
         (['--data', 'bad.gz'], 'bad.gz is truncated or corrupt: '),
-        (['--data', 'builtin', '--batch-size', '0'], 'batch_size must be at least 1, got 0'),
+        (['--data', 'builtin', '--batch-size', '0'], '--batch-size must be at least 1, got 0'),
         (['--data', 'builtin', '--loss-weighting', '1.5'], 'loss_weighting must be '),
         (['--data', 'builtin', '--equal-loss-weight-batch', '--loss-weighting', 'token'], 'equal_loss_weight_batch'),
     ],
@@ -472,9 +476,12 @@ def test_packed_rows_train_the_same():
         assert one.get('train_loss', 0.0) == pytest.approx(other.get('train_loss', 0.0), rel=1e-5)
 
 
-def test_packing_refuses_what_mixes_sequences():
-    with pytest.raises(ConfigError, match=r'--no-orthog-values'):
-        resolve(Config(preset='base', layout='packed'), torch.device('cpu'))
+def test_packing_refuses_what_mixes_sequences_and_asks_for_a_flag_that_exists():
+    packed = ['--preset', 'base', '--layout', 'packed']
+    with pytest.raises(UsageError) as refusal:
+        resolve(tyro.cli(Config, args=packed), torch.device('cpu'))
+    advice = re.search(r'--layout packed goes with (.+?):', str(refusal.value))[1]
+    assert resolve(tyro.cli(Config, args=[*packed, *advice.split()]), torch.device('cpu')).layout == 'packed'
 
 
 @pytest.mark.parametrize('batch', ['--batch-size 6 --grad-accum 2', '--batch-size 1 --layout packed'])

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import UsageError, judge
 
 Weighting = Literal['token', 'sequence', 'square', 'padded', 'sequence_sum']
+NAMES: dict[Any, str] = {0.0: 'token', 0.5: 'square', 1.0: 'sequence'}  # of the powers p that have one
 
 # base is x-transformers' own train_enwik8.py
 PRESETS: dict[str, dict[str, Any]] = {
@@ -23,10 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         'steps': 100_000, 'validate_every': 100, 'generate_every': 500, 'generate_length': 1024,
     },
 }  # fmt: skip
-
-
-class ConfigError(Exception):
-    """The options do not go together; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +72,29 @@ class Config:
     generate_every: int | None = None
     generate_length: int | None = None
 
+    threads: int | None = None
+    """Of the CPU. None: as many as torch takes by itself."""
     seed: int = 0
     """Of the parameters, the batches and the samples; the batches are the same for every weighting."""
     name: str | None = None
-    """The results go to runs/NAME, over those of an earlier run. None: the data, the sequences, the weighting."""
+    """The results go to runs/NAME, over those of an earlier run. None: the data, the sequences, the weighting,
+    and the layout where it is packed."""
 
 
 def resolve(config: Config, device: torch.device) -> Config:
-    """Fill in what was left out, by the preset for this device. Raises `ConfigError`."""
+    """Fill in what was left out, by the preset for this device. Raises `UsageError`."""
     preset = config.preset if config.preset != 'auto' else 'tiny' if device.type == 'cpu' else 'base'
     chosen = {name: value for name, value in asdict(config).items() if value is not None}
     config = Config(**(PRESETS[preset] | chosen | {'preset': preset}))
-    for name, value in asdict(config).items():
-        least = 0 if name == 'seed' else 1
-        if type(value) is int and value < least:  # a bool is no number here
-            raise ConfigError(f'{name} must be at least {least}, got {value}')
+    judge(config)
     if config.layout == 'packed' and config.orthog_values:
-        raise ConfigError('--layout packed goes with --no-orthog-values: those mix the sequences of a row')
+        raise UsageError('--layout packed goes with --orthog-values False: those mix the sequences of a row')
     return config
 
 
 def run_name(config: Config, source: str) -> str:
-    """Name a run by its data, sequences and weighting: builtin-lines-token."""
-    weighting = config.loss_weighting or ('sequence' if config.equal_loss_weight_batch else 'token')
-    return f'{Path(source).name.partition(".")[0]}-{config.sequences}-{weighting}'
+    """Name a run by its data, sequences, weighting and, where it is packed, layout: builtin-lines-token."""
+    weighting = 'sequence' if config.equal_loss_weight_batch else config.loss_weighting or 0.0
+    weighting = NAMES.get(weighting, weighting)
+    packed = '-packed' if config.layout == 'packed' else ''
+    return f'{Path(source).name.partition(".")[0]}-{config.sequences}-{weighting}{packed}'

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
-from enwik8_text import DataError
+from enwik8.text import DataError
 from torch import Generator, Tensor
 
 from xtloss import collate

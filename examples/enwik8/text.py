@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.request import urlopen
 
+from command_line import UsageError
 from tqdm import tqdm
 
 URL = 'http://mattmahoney.net/dc/enwik8.zip'  # Matt Mahoney, Large Text Compression Benchmark
@@ -33,7 +34,7 @@ BUILTIN = 'builtin'
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
 
 
-class DataError(Exception):
+class DataError(UsageError):
     """The text cannot be had, read or used; the message is one line that says why."""
 
 

@@ -1,6 +1,6 @@
 """Compare packed with padded training on real lines: tokens per second of a training step, and the loss.
 
-    python examples/bench_packing.py --data PATH [--lines 32] [--vocab 256] [--threads 2]
+    python examples/benchmarks/bench_packing.py --data PATH [--lines 32] [--vocab 256] [--threads 2]
 
 The same random batches of lines go through x-transformers' own wrapper on padded rows, xtloss on padded rows, and
 xtloss on packed rows: one network, forward and backward, interleaved. Tokens are real ones: bytes of lines.
@@ -12,15 +12,15 @@ n - positions
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
-from enwik8_config import PRESETS
-from enwik8_sequences import draw, split_text, to_batch
-from enwik8_text import find_text, read_text
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
@@ -29,10 +29,16 @@ from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+from command_line import UsageError, judge, one_line_errors
+from enwik8.config import PRESETS
+from enwik8.sequences import draw, split_text, to_batch
+from enwik8.text import find_text, read_text
+
 
 @dataclass(frozen=True)
 class Config:
-    """The text, the batches and the network, which is the tiny preset of train_enwik8.py."""
+    """Compare packed with padded training on real lines; the network is the tiny preset of train_enwik8.py."""
 
     data: str = 'auto'
     """As in train_enwik8.py."""
@@ -45,11 +51,16 @@ class Config:
     rounds: int = 7
     threads: int | None = None
     seed: int = 0
-    device: str = 'cpu'
+    device: Literal['cpu', 'cuda'] = 'cpu'
 
 
-def main(config: Config) -> None:
+def compare(config: Config) -> None:
     """Measure and print a table."""
+    judge(config)
+    if config.vocab < 256:
+        raise UsageError(f'--vocab must be at least 256: there are so many bytes, got {config.vocab}')
+    if config.device == 'cuda' and not torch.cuda.is_available():
+        raise UsageError('--device cuda: no CUDA device here')
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -119,5 +130,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare as the command line says."""
+    with one_line_errors(Path(__file__).name):
+        compare(tyro.cli(Config, args=args))
+
+
 if __name__ == '__main__':
-    main(tyro.cli(Config, description=__doc__))
+    main()

@@ -2,15 +2,16 @@
 
 The figures do not depend on the weighting a model was trained with, so runs can be compared:
 
-    python examples/enwik8_report.py runs/token runs/sequence
+    python examples/enwik8/report.py runs/token runs/sequence
 
-prints the tables of finished runs and draws them into one picture.
+prints the last tables of runs and draws them into one picture.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,10 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is a script, its own folder alone is searched
+from command_line import UsageError, one_line_errors, writable_folder
+from palette import CYCLE, label
 
 EDGES = (2, 8, 32, 128, 512, 2048, 8192)  # bytes; a bucket holds the lengths from one edge up to the next
 METRICS, PICTURE = 'metrics.jsonl', 'loss_by_length.png'  # files of a run
@@ -55,12 +60,18 @@ def costs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Se
                 yield SequenceCost(*cost)
 
 
-def report(costs: Iterable[SequenceCost]) -> list[Row]:
-    """Return one row for each bucket of lengths that is not empty, and one for all sequences."""
+def report(costs: Iterable[SequenceCost], longest: int | None = None) -> list[Row]:
+    """Return one row for each bucket of lengths that is not empty, and one for all sequences.
+
+    `longest` is where sequences were cut: the last bucket ends there.
+    """
     costs = list(costs)
-    buckets = {f'{low} to {high - 1}': range(low, high) for low, high in pairwise(EDGES)}
-    buckets[f'{EDGES[-1]} or more'] = range(EDGES[-1], 1 << 62)
-    groups = {name: [cost for cost in costs if cost.length in lengths] for name, lengths in buckets.items()}
+    edges = [edge for edge in EDGES if longest is None or edge <= longest]
+    edges.append(longest + 1 if longest else 1 << 62)
+    groups: dict[str, list[SequenceCost]] = {}
+    for low, high in pairwise(edges):
+        name = f'{low} or more' if high == 1 << 62 else f'{low} to {high - 1}'
+        groups[name] = [cost for cost in costs if low <= cost.length < high]
     return [summary(name, group) for name, group in (groups | {'all': costs}).items() if group]
 
 
@@ -85,7 +96,7 @@ def draw_by_length(reports: dict[str, list[Row]], path: Path) -> None:
     names = {row.lengths for rows in reports.values() for row in rows} - {'all'}
     lengths = sorted(names, key=lambda name: int(name.split()[0]))
     groups = [*lengths, 'all: over tokens', 'all: over sequences']
-    figure = Figure(figsize=(1.4 * len(groups) + 2, 4.5), layout='constrained')
+    figure = Figure(figsize=(len(groups) * max(1.4, 0.6 * len(reports)) + 2, 4.5), layout='constrained')
     axes = figure.add_subplot()
     width = 0.8 / len(reports)
     for index, (name, rows) in enumerate(reports.items()):
@@ -93,32 +104,64 @@ def draw_by_length(reports: dict[str, list[Row]], path: Path) -> None:
         height['all: over tokens'] = height.pop('all')
         height['all: over sequences'] = rows[-1].over_sequences
         where = [group + width * (index - (len(reports) - 1) / 2) for group in map(groups.index, height)]
-        bars = axes.bar(where, list(height.values()), width, label=name)
-        axes.bar_label(bars, fmt='%.2f', fontsize=8, padding=2)
+        colour = CYCLE[index % len(CYCLE)]
+        bars = axes.bar(where, list(height.values()), width, label=label(name), color=colour)
+        axes.bar_label(bars, fmt='%.3f', fontsize=8, padding=2)  # as many digits as the table has
     axes.axvline(len(lengths) - 0.5, color='grey', linewidth=0.8)
     axes.set_xticks(range(len(groups)), [group.replace(': ', ':\n') for group in groups])
     axes.set_xlabel('length of the held-out sequence in bytes')
     axes.set_ylabel('bits per byte')
     axes.margins(y=0.12)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, ncols=len(reports), loc='lower center', bbox_to_anchor=(0.5, 1.0))
+    figure.legend(frameon=False, ncols=min(3, len(reports)), loc='outside upper center')
     figure.savefig(path, dpi=144)
 
 
-def last_report(run: Path) -> list[Row]:
-    """Return the last report in a run's metrics."""
-    records = map(json.loads, (run / METRICS).read_text().splitlines())
-    return [Row(**row) for row in [record['bits_per_byte'] for record in records if 'bits_per_byte' in record][-1]]
+class LastReport(NamedTuple):
+    """The last report in a run's metrics, and the steps it was made after."""
+
+    step: int
+    rows: list[Row]
+
+
+def last_report(run: Path) -> LastReport:
+    """Return the last report of a run, finished or not. Raises `UsageError` where there is none to be read."""
+    found = None
+    for line in (run / METRICS).read_text(errors='replace').splitlines():
+        try:
+            record = json.loads(line)
+            if 'bits_per_byte' in record:
+                found = LastReport(record.get('step', 0), [Row(**row) for row in record['bits_per_byte']])
+        except (ValueError, TypeError, KeyError):  # a run that was stopped ends in half a line
+            continue
+    if found is None or not found.rows:
+        raise UsageError(f'{run / METRICS} holds no report: the run stopped before its first validation')
+    return found
+
+
+def labels(reports: dict[Path, LastReport]) -> list[str]:
+    """Name the runs: by their folders, by whole paths where names repeat; with the step where they differ in it."""
+    names = [run.name for run in reports]
+    paths = [name if names.count(name) == 1 else str(run) for name, run in zip(names, reports, strict=True)]
+    steps = [report.step for report in reports.values()]
+    differ = len(set(steps)) > 1
+    return [f'{path}, step {step:,}' if differ else path for path, step in zip(paths, steps, strict=True)]
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path(PICTURE)) -> None:
-    """Compare finished runs.
+    """Compare runs of train_enwik8.py.
 
     Args:
         runs: their folders, runs/NAME
-        out: the picture to write
+        out: the picture to write, a .png
     """
-    reports = {run.name: last_report(run) for run in runs}
+    if not runs:
+        raise UsageError('name the folder of a run, or of several')
+    if out.suffix != '.png':
+        raise UsageError(f'--out must end in .png, got {out}')
+    writable_folder(out.parent)
+    found = {run: last_report(run) for run in dict.fromkeys(runs)}
+    reports = dict(zip(labels(found), (report.rows for report in found.values()), strict=True))
     for name, rows in reports.items():
         print(f'\n{name}\n{table(rows)}')
     draw_by_length(reports, out)
@@ -126,4 +169,5 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path(PICTURE)
 
 
 if __name__ == '__main__':
-    tyro.cli(main)
+    with one_line_errors('report.py'):
+        tyro.cli(main)

@@ -1,0 +1,297 @@
+"""No command line of the examples ends in a traceback: one line, exit 2, and before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / 'benchmarks')]
+
+import bench_packing  # noqa: E402
+import five_layouts  # noqa: E402
+import palette  # noqa: E402
+import train_continuous  # noqa: E402
+import train_copy  # noqa: E402
+import train_enwik8  # noqa: E402
+from command_line import UsageError, check_name, judge, one_line_errors, open_log, writable_folder  # noqa: E402
+from enwik8 import report  # noqa: E402
+
+TINY = (
+    '--data builtin --dim 32 --depth 1 --heads 2 --seq-len 32 --batch-size 4 --held-out 8 --generate-length 4'.split()
+)
+ROW = report.Row('2 to 7', 1, 2, 3.0, 3.0)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refusal(capsys, main, *args) -> str:
+    """Return the one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(*args)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.replace('\r', '\n').splitlines()
+    assert not any('Traceback' in line for line in lines)
+    return lines[-1]
+
+
+# what all share
+
+
+@dataclass
+class Options:
+    """Some of each kind."""
+
+    steps: int = 1
+    seed: int = 0
+    learning_rate: float = 0.1
+    noise: float = 0.0
+    lines: tuple[int, ...] = (1, 2)
+    loss_weighting: float | None = 0.0
+    flag: bool = False
+    name: str | None = None
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'steps': 0}, '--steps must be at least 1, got 0'),
+        ({'seed': -1}, '--seed must be at least 0, got -1'),
+        ({'seed': 2**63}, f'--seed must be at least 0 and below 2^63, got {2**63}'),
+        ({'learning_rate': float('nan')}, '--learning-rate must be above 0, got nan'),
+        ({'learning_rate': float('inf')}, '--learning-rate must be above 0 and below 2^63, got inf'),
+        ({'learning_rate': 0.0}, '--learning-rate must be above 0, got 0.0'),
+        ({'noise': -0.1}, '--noise must be at least 0, got -0.1'),
+        ({'lines': (3, 0)}, '--lines must be at least 1, got 0'),
+        ({'lines': ()}, '--lines wants at least one value'),
+        ({'name': '..'}, "--name must be the name of one folder in runs/, got '..'"),
+    ],
+)
+def test_numbers_and_names_are_judged(options, message):
+    judge(Options())
+    with pytest.raises(UsageError) as error:
+        judge(Options(**options))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize('name', ['', '.', '..', 'a/b', '/a', 'a\\b', 'a\nb', 'é' * 101])
+def test_a_name_is_that_of_one_folder(name):
+    with pytest.raises(UsageError, match=r'^--name must be '):
+        check_name(name)
+    check_name('...')
+    check_name('$x^2$ {é}')
+
+
+def test_a_folder_that_cannot_be_written(folder, capsys):
+    (folder / 'runs').touch()
+    with pytest.raises(UsageError, match=r'^cannot write to runs.a: '):
+        writable_folder(Path('runs', 'a'))
+    assert 'cannot write to runs/' in refusal(capsys, train_enwik8.main, [*TINY, '--steps', '1'])
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no disk that is always full')
+def test_a_full_disk_is_one_line(folder, capsys):
+    (folder / 'runs' / 'full').mkdir(parents=True)
+    (folder / 'runs' / 'full' / 'config.json').symlink_to('/dev/full')
+    line = refusal(capsys, train_enwik8.main, [*TINY, '--steps', '1', '--name', 'full'])
+    assert line.startswith('train_enwik8.py: ')
+    assert line.endswith('No space left on device')
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors('a.py'):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == '\na.py: interrupted\n'
+
+
+def test_a_log_has_one_writer(folder, capsys):
+    pytest.importorskip('fcntl')
+    with open_log(writable_folder(folder / 'runs' / 'a') / report.METRICS) as log:
+        print('mine', file=log, flush=True)
+        line = refusal(capsys, train_enwik8.main, [*TINY, '--steps', '1', '--name', 'a'])
+        assert line == 'train_enwik8.py: runs/a is being written by another run: choose another --name'
+        assert Path('runs/a', report.METRICS).read_text() == 'mine\n'
+    with open_log(Path('runs/a', report.METRICS)):
+        assert Path('runs/a', report.METRICS).read_text() == ''
+
+
+# each script
+
+
+@pytest.mark.parametrize(
+    ('main', 'options', 'message'),
+    [
+        (train_enwik8.main, '--name ..', "--name must be the name of one folder in runs/, got '..'"),
+        (train_enwik8.main, '--steps -1', '--steps must be at least 1, got -1'),
+        (train_enwik8.main, '--held-out 0', '--held-out must be at least 1, got 0'),
+        (train_enwik8.main, '--threads 0', '--threads must be at least 1, got 0'),
+        (train_enwik8.main, '--loss-weighting nan', 'loss_weighting must be in [0, 1]'),
+        (train_continuous.main, '--name a/b', '--name must be the name of one folder'),
+        (train_continuous.main, '--steps 0', '--steps must be at least 1, got 0'),
+        (train_continuous.main, '--noise nan', '--noise must be at least 0, got nan'),
+        (train_continuous.main, '--heads 3', '--dim must be a multiple of --heads, got 64 and 3'),
+        (train_continuous.main, '--loss-weighting 2', 'loss_weighting must be in [0, 1]'),
+        (train_copy.main, '--measure-after 0', '--measure-after must be at least 1, got 0'),
+        (train_copy.main, '--weightings', '--weightings wants at least one value'),
+        (train_copy.main, '--heads 3', '--dim must be a multiple of --heads, got 64 and 3'),
+        (five_layouts.main, '--sequences 7', '--sequences must be at least 8, got 7'),
+        (five_layouts.main, '--max-len 1', '--max-len must be at least 2, got 1'),
+        (five_layouts.main, '--loss-weighting 1.5', 'loss_weighting must be in [0, 1]'),
+        (bench_packing.main, '--rounds 0', '--rounds must be at least 1, got 0'),
+        (bench_packing.main, '--lines', '--lines wants at least one value'),
+        (bench_packing.main, '--vocab 255', '--vocab must be at least 256: there are so many bytes, got 255'),
+    ],
+)
+def test_what_is_no_good_is_one_line(folder, capsys, monkeypatch, main, options, message):
+    script = Path(sys.modules[main.__module__].__file__).name
+    line = refusal(capsys, main, options.split())
+    assert line.startswith(f'{script}: ')
+    assert message in line
+    assert [path.name for path in folder.rglob('*') if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    'main', [train_enwik8.main, train_continuous.main, train_copy.main, five_layouts.main, bench_packing.main]
+)
+def test_help_says_nothing_of_dims(capsys, main):
+    with pytest.raises(SystemExit) as stop:
+        main(['--help'])
+    assert stop.value.code == 0
+    assert 'n - ' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('options', 'step'), [('--steps 3', 2), ('--steps 1', 1), ('--steps 2 --generate-every 1', 1)])
+def test_a_loss_that_is_not_finite_is_one_line(capsys, options, step):
+    line = refusal(capsys, train_enwik8.main, [*TINY, '--learning-rate', '1e18', *options.split()])
+    assert line == f'train_enwik8.py: the loss is not finite at step {step}: --learning-rate may be too large'
+
+
+def test_scripts_run_from_any_folder(folder):
+    """As a stranger calls them, by a path, with nothing else to find their parts by."""
+    environment = {**os.environ, 'PYTHONPATH': str(EXAMPLES.parent)}
+    scripts = [path for path in EXAMPLES.rglob('*.py') if 'import tyro' in path.read_text()]
+    assert len(scripts) >= 7
+    running = [
+        subprocess.Popen([sys.executable, script, '--help'], env=environment, stdout=subprocess.PIPE, text=True)
+        for script in scripts
+    ]
+    for script, process in zip(scripts, running, strict=True):
+        assert 'usage: ' in process.communicate()[0], script
+        assert process.returncode == 0, script
+
+
+def test_the_main_job_lets_waiting_threads_sleep():
+    """Spinning threads made a busy machine slow it down by far more than its share."""
+    code = 'import os, sys; sys.path.insert(0, sys.argv[1]); import train_enwik8; print(os.environ["OMP_WAIT_POLICY"])'
+    for given in ({}, {'OMP_WAIT_POLICY': 'ACTIVE'}):
+        environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'} | given
+        environment['PYTHONPATH'] = str(EXAMPLES.parent)
+        command = [sys.executable, '-c', code, str(EXAMPLES)]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert printed.strip() == given.get('OMP_WAIT_POLICY', 'PASSIVE')
+
+
+# the report of runs
+
+
+def write_run(folder: Path, *steps: int, end: str = '') -> Path:
+    """Write a run with a report after each of some steps."""
+    folder.mkdir(parents=True)
+    records = [
+        {'step': step, 'bits_per_byte': [(ROW._replace(lengths=name))._asdict() for name in ('2 to 7', 'all')]}
+        for step in steps
+    ]
+    (folder / report.METRICS).write_text(''.join(json.dumps(record) + '\n' for record in records) + end)
+    return folder
+
+
+def test_unfinished_cut_and_same_named_runs_are_all_there(folder, capsys):
+    runs = (write_run(folder / 'a' / 'run', 100, 200), write_run(folder / 'b' / 'run', 100, end='{"step": 101, "tr'))
+    report.main(runs, folder / 'new' / 'both.png')
+    out = capsys.readouterr().out
+    assert f'\n{runs[0]}, step 200\n' in out
+    assert f'\n{runs[1]}, step 100\n' in out
+    assert (folder / 'new' / 'both.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    'metrics', ['', '{"step": 1, "train_loss": 2.0}\n', '{"bits_per_byte": [{"other": 1}]}\n', 'no JSON\n', '3\n']
+)
+def test_a_run_without_a_report_is_refused(folder, metrics):
+    write_run(folder / 'run', end=metrics)
+    with pytest.raises(UsageError, match='holds no report: the run stopped before its first validation'):
+        report.main((folder / 'run',), folder / 'a.png')
+    assert not (folder / 'a.png').exists()
+
+
+def test_the_report_of_nothing_and_to_nowhere_is_refused(folder, capsys):
+    with pytest.raises(UsageError, match='name the folder of a run'):
+        report.main((), folder / 'a.png')
+    run = write_run(folder / 'run', 1)
+    with pytest.raises(UsageError, match=r'--out must end in \.png, got a\.tex'):
+        report.main((run,), Path('a.tex'))
+    (folder / 'file').touch()
+    with pytest.raises(UsageError, match='cannot write to file'):
+        report.main((run,), Path('file', 'a.png'))
+    command = [sys.executable, EXAMPLES / 'enwik8' / 'report.py', 'missing']
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': str(EXAMPLES.parent)}
+    )
+    assert done.returncode == 2
+    assert done.stderr == 'report.py: missing/metrics.jsonl: No such file or directory\n'
+
+
+def test_the_last_bucket_ends_where_sequences_were_cut():
+    costs = [report.SequenceCost(length, length - 1, 8.0) for length in (5, 130, 257)]
+    assert [row.lengths for row in report.report(costs, longest=257)] == ['2 to 7', '128 to 257', 'all']
+    assert [row.lengths for row in report.report(costs[1:], longest=512)] == ['128 to 511', 'all']
+
+
+def test_table_and_picture_print_the_same_digits(folder, monkeypatch):
+    """3.125 was 3.13 in one and 3.12 in the other."""
+    drawn = []
+    monkeypatch.setattr(
+        report.Figure, 'savefig', lambda self, path, **_: drawn.extend(text.get_text() for text in self.axes[0].texts)
+    )
+    rows = [ROW._replace(over_tokens=3.1251), ROW._replace(lengths='all', over_tokens=2.0005, over_sequences=4.4449)]
+    report.draw_by_length({'a': rows}, folder / 'a.png')
+    printed = report.table(rows)
+    assert drawn == ['3.125', '2.001', '4.445'] or drawn == ['3.125', '2.000', '4.445']
+    assert all(number in printed for number in drawn)
+
+
+def test_a_legend_shows_every_run_whole(folder):
+    """Six runs, one of a long name, one that looks like TeX, one that is broken TeX."""
+    names = ['$x^2$', '$\\frac$', 'x' * 120, *'abc']
+    for name in names:
+        assert len(palette.label(name)) <= palette.LONGEST_LABEL + 2
+    drawn = {}
+    figure = report.Figure
+
+    class Kept(figure):
+        def savefig(self, path, **kwargs):
+            super().savefig(path, **kwargs)
+            drawn['legend'] = self.legends[0].get_window_extent(), self.bbox
+            drawn['texts'] = [text.get_text() for text in self.legends[0].get_texts()]
+
+    report.Figure = Kept
+    try:
+        report.draw_by_length({name: [ROW, ROW._replace(lengths='all')] for name in names}, folder / 'a.png')
+    finally:
+        report.Figure = figure
+    box, page = drawn['legend']
+    assert page.x0 <= box.x0
+    assert box.x1 <= page.x1
+    assert len(drawn['texts']) == len(names)

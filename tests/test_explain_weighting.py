@@ -1,0 +1,159 @@
+"""The shares that explain_weighting.py prints are those of the wrapper, and of the equation by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from x_transformers import Decoder, TransformerWrapper
+
+from xtloss import AutoregressiveWrapper
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
+
+import explain_weighting
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Work in an empty folder, on a terminal of the usual width."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('COLUMNS', '80')
+    return tmp_path
+
+
+def shares(name: str = 'weighting') -> list[dict[str, float]]:
+    """Return what a run wrote of each sequence."""
+    with open(Path('runs', name, 'shares.csv'), newline='') as file:
+        return [{column: float(value) for column, value in row.items()} for row in csv.DictReader(file)]
+
+
+def of_wrapper(weighting: str, **batch: torch.Tensor) -> list[float]:
+    """Return the share of each row of a batch that has a target, by the wrapper."""
+    net = TransformerWrapper(num_tokens=256, max_seq_len=64, attn_layers=Decoder(dim=16, depth=1, heads=2))
+    _, breakdown = AutoregressiveWrapper(net, loss_weighting=weighting)(**batch, return_breakdown=True)
+    of_rows = (breakdown.weight / breakdown.normalizer).sum(dim=1)
+    return of_rows[(breakdown.weight > 0).any(dim=1)].tolist()
+
+
+def test_the_seed_example_by_hand(capsys):
+    explain_weighting.main([])
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ['3', '1', '75%', '63.4%', '50%', '50%', '150%'] in lines  # the sequence
+    assert ['3', '1', '25%', '21.1%', '16.7%', '16.7%', '50%'] in lines  # each of its tokens
+    assert ['1', '1', '25%', '36.6%', '50%', '16.7%', '50%'] in lines
+    assert ['all', '2', '100%', '100%', '100%', '66.7%', '200%'] in lines
+    assert 'All sequences are within a factor of 3.0 (1 to 3 targets)' in ' '.join(out.split())
+    assert Path('runs/weighting/shares.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('max_len', [None, 6])
+def test_lines_have_the_shares_of_the_wrapper(folder, max_len):
+    lines = [b'a line of bytes', b'ab', b'x', b'four', b'another line']  # one byte has no target
+    (folder / 'text').write_bytes(b'\n\n'.join(lines) + b'\n   \n')
+    explain_weighting.main(['--file', 'text', *(['--max-len', str(max_len)] if max_len else [])])
+    lens = torch.tensor([len(line[:max_len]) for line in lines])
+    x = torch.ones(len(lines), int(lens.max()), dtype=torch.long)
+    for weighting in explain_weighting.POWERS:
+        assert [row[f'{weighting} sequence'] for row in shares()] == pytest.approx(
+            of_wrapper(weighting, x=x, lens=lens)
+        )
+
+
+@pytest.mark.parametrize('max_len', [None, 7])
+def test_answers_have_the_shares_of_the_wrapper(folder, max_len):
+    pairs = [('a question', 'an answer'), ('2+2?', '4'), ('', 'no prompt'), ('nothing', ''), ('ids', [7, 8, 9])]
+    records = [{'q': prompt, 'a': answer, 'note': 1} for prompt, answer in pairs]
+    (folder / 'chats.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    options = '--file chats.jsonl --prompt q --answer a'.split() + (['--max-len', str(max_len)] if max_len else [])
+    explain_weighting.main(options)
+    whole = [(len(prompt), len(prompt) + len(answer)) for prompt, answer in pairs]
+    lens = torch.tensor([end if max_len is None else min(end, max_len) for _, end in whole])
+    loss_mask = torch.arange(int(lens.max())) >= torch.tensor([start for start, _ in whole])[:, None]
+    x = torch.ones(loss_mask.shape, dtype=torch.long)
+    for weighting in explain_weighting.POWERS:
+        expected = of_wrapper(weighting, x=x, lens=lens, loss_mask=loss_mask)
+        assert [row[f'{weighting} sequence'] for row in shares()] == pytest.approx(expected)
+
+
+def test_many_lengths_come_in_ranges_that_sum_to_all(folder, capsys):
+    explain_weighting.main(['--lens', *map(str, range(1, 101)), '--name', 'many'])
+    out = capsys.readouterr().out
+    assert all(len(line) <= 80 and '…' not in line for line in out.splitlines())
+    ranges = [line.split()[:2] for line in out.split('Share of all sequences')[1].splitlines()[4:8]]
+    assert ranges == [['1-3', '3'], ['4-15', '12'], ['16-63', '48'], ['64-100', '37']]
+    for weighting, total in {'token': 1, 'square': 1, 'sequence': 1, 'padded': 0.505, 'sequence_sum': 50.5}.items():
+        assert sum(row[f'{weighting} sequence'] for row in shares('many')) == pytest.approx(total)
+
+
+@pytest.mark.parametrize(
+    ('lens', 'says'),
+    [
+        (
+            [10] * 95 + [1000] * 5,
+            '90% of your sequences are within a factor of 1.0 (10 to 10 targets): the choice hardly',
+        ),
+        ([10, 13], 'All sequences are within a factor of 1.3 (10 to 13 targets): the choice hardly matters.'),
+        ([10, 30], 'within a factor of 3.0 (10 to 30 targets): the choice matters a little.'),
+        ([10, 900], 'within a factor of 90.0 (10 to 900 targets): the choice matters.'),
+    ],
+)
+def test_the_spread_in_a_sentence(lens, says):
+    assert says in explain_weighting.spread(torch.tensor(lens))
+
+
+@pytest.mark.parametrize(
+    ('share', 'text'),
+    [
+        (0.25, '25%'),
+        (2.0, '200%'),
+        (106.04, '10,604%'),
+        (0.001, '0.1%'),
+        (1 / 1234, '1/1.23k'),
+        (1e-6, '1/1M'),
+        (1e-12, '1/1e+03G'),
+    ],
+)
+def test_small_shares_are_readable(share, text):
+    assert explain_weighting.readable(share) == text
+
+
+@pytest.mark.parametrize(
+    ('content', 'options', 'message'),
+    [
+        (None, ['--lens'], '--lens wants at least one value'),
+        (None, ['--lens', '3', '-1'], '--lens must be at least 1, got -1'),
+        (None, ['--max-len', '0'], '--max-len must be at least 1, got 0'),
+        (None, ['--name', '../elsewhere'], '--name must be the name of one folder in runs/'),
+        (None, ['--file', 'missing.txt'], 'cannot read missing.txt: No such file or directory'),
+        (None, ['--file', '.'], 'cannot read .: Is a directory'),
+        ('', ['--file', 'a.jsonl'], 'a.jsonl is empty'),
+        ('\n\n', ['--file', 'a.jsonl'], 'no sequence has a target'),
+        ('{"prompt": "a"}', ['--file', 'a.jsonl'], 'a.jsonl, line 1: --answer answer is not among its names: prompt'),
+        ('\n{"prompt": 3', ['--file', 'a.jsonl'], 'a.jsonl, line 2: '),
+        ('[1]', ['--file', 'a.jsonl'], 'a.jsonl, line 1: must be an object, got list'),
+        (
+            '{"prompt": "a", "answer": 4}',
+            ['--file', 'a.jsonl'],
+            'answer must be a string or a list of token ids, got int',
+        ),
+        ('{"prompt": "a", "answer": "b"}', ['--file', 'a.jsonl', '--max-len', '1'], 'no sequence has a target'),
+    ],
+)
+def test_what_is_no_good_is_one_line_and_exit_2(folder, capsys, content, options, message):
+    if content is not None:
+        (folder / 'a.jsonl').write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        explain_weighting.main(options)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.count('\n') == 1
+    assert printed.err.startswith('explain_weighting.py: ')
+    assert message in printed.err
+    assert printed.out == ''
+    assert not (folder / 'runs').exists()
