@@ -34,7 +34,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from command_line import UsageError, one_line_errors, open_log, writable_folder
 from enwik8.config import Config, resolve, run_name
 from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
-from enwik8.sequences import draw, split_text, to_batch
 from enwik8.text import find_text, read_text
 from torch import Tensor
 from torch.nn import Module
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')  # x-transformers calls it when imported
-    from enwik8_sequences import draw, split_text, to_batch
+    from enwik8.sequences import draw, split_text, to_batch
     from x_transformers import Decoder, TransformerWrapper
 
     from xtloss import AutoregressiveWrapper, global_normalizer
