@@ -41,7 +41,7 @@ def reads(net: nn.Module) -> Reads:
     windows = [attention.max_attend_past for attention in attentions if attention.max_attend_past is not None]
     return Reads(
         always_visible=getattr(net, 'memory_tokens', None) is not None or any(a.num_mem_kv > 0 for a in attentions),
-        window=min(windows, default=None),
+        window=min(windows) if windows else None,
         mask=any(isinstance(module, ShiftTokens) for module in net.modules()),
     )
 

@@ -23,6 +23,7 @@ from xtloss.wrappers.attention_masks import precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.rows import OF_THE_LOSS, Rows, network_rows
 from xtloss.wrappers.stand_in import on_a_stand_in
+from xtloss.wrappers.unpad import TELLING, refuse_unpad
 
 
 class Result(NamedTuple):
@@ -160,7 +161,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> Result:
         """The equation: count, run the network, weigh in the dtype of what it returned, cost, one sum."""
         targets = self._count(x, given)
-        rows, fuse = self._rows(x, given), self._fuses(given)
+        rows, fuse = self._rows(x, given, unpad=stand_in is None and self._unpads(given)), self._fuses(given)
         out, cache, next_embed = self._run(stand_in or self.net, rows, fuse)
         weights = batch_weights(
             targets, self.weighting, loss_dtype(out.dtype), given.get('loss_weight'), given.get('normalizer')
@@ -178,6 +179,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 
         breakdown = (token_loss, weights.weight, weights.normalizer, auxiliary)
         logits = rows.outputs.to_targets(out, targets.counted.shape) if given.get('return_outputs') else out
+        cache = cache if rows.outputs.place is None else None  # of other rows than the caller's
         return Result(loss, (logits, cache), LossBreakdown(*(t.detach() for t in breakdown)))
 
     # below the fold: what the lines above call
@@ -194,7 +196,11 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         if 'segment_ids' in given:
             network = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
             check_segments(self.net, given['segment_ids'], network, trust=self.trust_segments)
-        self._fuses(given)
+        if self._unpads(given):
+            refuse_unpad(x, given)
+            network = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, 'seq_start_pos')}
+            check_segments(self.net, x.new_zeros(1, 1), network, trust=self.trust_segments)
+        self._may_fuse(given)
         return x, given
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
@@ -203,7 +209,11 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         counting: dict[str, Any] = {name: given.get(name) for name in names}
         return count_targets(x, ignore_index=self.ignore_index, prepended=prepended, **counting)
 
-    def _rows(self, x: Tensor, given: dict[str, Any]) -> Rows:
+    def _unpads(self, given: dict[str, Any]) -> bool:
+        """Whether a call tells of padding that no compute need go into."""
+        return self.unpad and 'segment_ids' not in given and any(name in given for name in TELLING)
+
+    def _rows(self, x: Tensor, given: dict[str, Any], *, unpad: bool) -> Rows:
         return network_rows(
             self.net,
             x,
@@ -212,6 +222,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             pad_value=self.pad_value,
             mask_prob=self.mask_prob,
             trust_segments=self.trust_segments,
+            unpad=unpad,
         )
 
     def _run(self, net: Any, rows: Rows, fuse: bool) -> tuple[Tensor, Any, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xtloss.checks import ARGUMENTS, check_batch, check_flags
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
-from xtloss.losses.linear_head import why_not_linear
+from xtloss.losses.linear_head import why_not_arguments, why_not_linear
 from xtloss.weighting.targets import Targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
 from xtloss.wrappers.rows import OF_THE_LOSS
@@ -103,21 +103,26 @@ class LossWrapper(nn.Module):
         wide = {name: value.long() for name, value in counting.items() if ARGUMENTS[name][0] == 'integer'}
         return x if x.is_floating_point() else x.long(), {**given, **wide}
 
+    def _may_fuse(self, given: dict[str, Any]) -> bool:
+        """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
+        return self.fused is not False and self._judge_fused(self._why_not_fused(given))
+
     def _fuses(self, given: dict[str, Any]) -> bool:
         """Whether head and loss are one in a call; ValueError where they must be and cannot."""
-        if self.fused is False:
-            return False
-        why_not = self._why_not_fused(given)
-        if why_not is None:
+        fuses = self._may_fuse(given) and self._judge_fused(why_not_linear(self.net, []))
+        if fuses:
             refuse_transforms()
-        elif self.fused is True:
+        return fuses
+
+    def _judge_fused(self, why_not: str | None) -> bool:
+        if why_not is not None and self.fused is True:
             raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
         return why_not is None
 
     def _why_not_fused(self, given: dict[str, Any]) -> str | None:
         if given.get('return_outputs', False):
             return 'return_outputs asks for logits'
-        return why_not_linear(self.net, [name for name in given if name not in OF_THE_LOSS])
+        return why_not_arguments([name for name in given if name not in OF_THE_LOSS])
 
     def _refuse_unknown(self, given: Iterable[str]) -> None:
         """Raise TypeError for an argument that neither `forward` nor the network's forward has."""

@@ -64,6 +64,8 @@ def random_key_mask(real: Tensor, mask_prob: float) -> Tensor:
 def join_keys(masks: list[Tensor | None]) -> Tensor | None:
     """(b, k) bool, the keys that all of these masks show; each ends where the row ends. None if there is none."""
     given = [mask for mask in masks if mask is not None]
-    k = max((mask.shape[1] for mask in given), default=0)
+    if not given:
+        return None
+    k = max([mask.shape[1] for mask in given])
     padded = [mask if mask.shape[1] == k else F.pad(mask, (k - mask.shape[1], 0), value=True) for mask in given]
-    return reduce(and_, padded) if padded else None
+    return reduce(and_, padded)

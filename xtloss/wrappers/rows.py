@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xtloss.packing.apart import verdict
 from xtloss.packing.segments import segment_arguments
 from xtloss.weighting.targets import Outputs
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, position_arguments
 from xtloss.wrappers.inputs import join_keys, legal_ids, random_key_mask, real_positions
+from xtloss.wrappers.unpad import plan_rows
 
 # arguments of a wrapper's forward that the network does not get
 OF_THE_LOSS = frozenset(
@@ -42,6 +44,7 @@ def network_rows(
     pad_value: int,
     mask_prob: float = 0.0,
     trust_segments: bool = False,
+    unpad: bool = False,
 ) -> Rows:
     """Make the rows of a batch from all that a wrapper's forward was given."""
     prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
@@ -49,17 +52,21 @@ def network_rows(
     real = real_positions(x, **telling, prepended=prepended)
     ids = legal_ids(x, ignore_index=ignore_index, pad_value=pad_value, real=real)
     random_mask = random_key_mask(real, mask_prob) if mask_prob > 0 else None
-    start = given.get('seq_start_pos') if is_known(net) else None  # a network of somebody else's hides what is before
-    keys = visible_positions(x, given, start, prepended, random_mask)
 
-    n = x.shape[1]
+    outputs = Outputs()
+    if unpad and (plan := plan_rows(x, given, one_row=verdict(net).varlen)) is not None:
+        ids, given, outputs = plan.take(ids, pad_value), plan.arguments(given), plan.outputs()
+        random_mask = None if random_mask is None else plan.take(random_mask, True)
+
+    n, mask = ids.shape[1], given.get('mask')
     arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
     if 'segment_ids' in given:
         arguments = segment_arguments(net, given['segment_ids'], arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
     arguments.update(position_arguments(net, given.get('seq_start_pos'), n, prepended, arguments.get('pos')))
-    arguments = mask_arguments(net, keys, arguments, mask=given.get('mask'), queries=prepended + n)
-    return Rows(ids, arguments, Outputs())
+    start = given.get('seq_start_pos') if is_known(net) else None  # a network of somebody else's hides what is before
+    keys = visible_positions(ids, given, start, prepended, random_mask)
+    return Rows(ids, mask_arguments(net, keys, arguments, mask=mask, queries=prepended + n), outputs)
 
 
 def visible_positions(

@@ -174,7 +174,7 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         refuse_arguments(given, REFUSED)
         if 'mask' in given:
             refuse_arguments(given, REFUSED_BESIDE_MASK)
-        self._fuses(given)
+        self._may_fuse(given)
         return x, given
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:

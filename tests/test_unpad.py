@@ -1,0 +1,271 @@
+"""`unpad=True`: the loss of the rows alone, whatever the padding, and all that is returned where the batch had it."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_same_gradients, decoder, gradients
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xtloss import AutoregressiveWrapper
+
+B, N, VOCAB, WIDTH = 6, 11, 11, 16
+STARTS = torch.tensor([0, 4, 2, 7, 9, 5])
+ENDS = torch.tensor([11, 4, 7, 8, 11, 11])  # the second row is empty, the fourth has one token
+I = torch.arange(N)
+INSIDE = (STARTS[:, None] <= I) & (ENDS[:, None] > I)
+HOLES = INSIDE & ~((I == 4)[None] & (torch.arange(B) % 2 == 0)[:, None])  # row 0 and 2 get one
+FROM_LEFT = (ENDS - STARTS)[:, None] > I
+
+EXACT = {'layers_attn_qk_norm': True, 'dtype': torch.float64}
+ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
+NETWORKS: dict[str, dict[str, Any]] = {
+    'absolute': {'layers_depth': 2},
+    'rotary': ROTARY,
+    'tied': {**ROTARY, 'tie_embedding': True},
+    'flash': {**ROTARY, 'layers_attn_flash': True},
+    'alibi': {'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False},
+    'mixture of softmax': {**ROTARY, 'mixture_of_softmax': True},
+    'continuous head': {**ROTARY, 'add_continuous_pred_head': True},
+    'looped': {**ROTARY, 'looped': True, 'layers_pre_and_post_norm': True},
+    'recycling': {**ROTARY, 'recycling': True},
+}
+PADDINGS: dict[str, tuple[Tensor, dict[str, Tensor]]] = {  # what is real, and how it is told
+    'right, by lens': (FROM_LEFT, {'lens': ENDS - STARTS}),
+    'right, by mask': (FROM_LEFT, {'mask': FROM_LEFT}),
+    'both sides, by mask': (INSIDE, {'mask': INSIDE}),
+    'left, by seq_start_pos': (STARTS[:, None] <= I, {'seq_start_pos': STARTS}),
+    'both sides, by lens and seq_start_pos': (INSIDE, {'lens': ENDS, 'seq_start_pos': STARTS}),
+    'a mask with holes': (HOLES, {'mask': HOLES}),
+    'nothing is real': (torch.zeros(B, N).bool(), {'lens': torch.zeros(B).long()}),
+    'no padding': (torch.ones(B, N).bool(), {'lens': torch.full((B,), N)}),
+}
+
+
+def ids(seed: int = 0) -> Tensor:
+    x = torch.randint(0, VOCAB, (B, N), generator=torch.Generator().manual_seed(seed))
+    x[0, 3] = x[5, 8] = -100
+    return x
+
+
+def per_token(seed: int = 1) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        'loss_mask': torch.rand(B, N, generator=draw) < 0.8,
+        'loss_weight': torch.randn(B, N, generator=draw, dtype=torch.float64),
+    }
+
+
+def alone(wrapper: AutoregressiveWrapper, x: Tensor, real: Tensor, numbers: dict[str, Any], **arguments: Any) -> Any:
+    """Each row by itself, from its first real token to its last; the sum over one Z; and what each row returned."""
+    z, total, parts = wrapper.loss_normalizer(x, mask=real, loss_mask=arguments.get('loss_mask')), 0.0, {}
+    for row in range(B):
+        here = real[row].nonzero().flatten().tolist()
+        if here:
+            span = slice(here[0], here[-1] + 1)
+            call = {name: t[row : row + 1, span] if t.ndim > 1 else t[row : row + 1] for name, t in arguments.items()}
+            hidden = real[row : row + 1, span]
+            call |= {} if hidden.all() else {'mask': hidden}
+            loss, (logits, _), parts[row, span.start] = wrapper(
+                x[row : row + 1, span],
+                normalizer=z,
+                return_outputs=True,
+                return_breakdown=True,
+                **call,
+                **(numbers or {}),
+            )
+            total, parts[row, span.start] = total + loss, (logits, parts[row, span.start])
+    return total, parts
+
+
+@pytest.fixture(params=[True, False], ids=['packed', 'one to a row'])
+def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr('xtloss.wrappers.unpad.pays', lambda *_: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures('packs')
+@pytest.mark.parametrize('weighting', ['token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3])
+@pytest.mark.parametrize('padding', PADDINGS)
+@pytest.mark.parametrize('network', ['absolute', 'flash'])
+def test_the_loss_of_the_rows_alone(network: str, padding: str, weighting: str | float) -> None:
+    net, (real, told), x = decoder(num_tokens=VOCAB, **EXACT, **NETWORKS[network]), PADDINGS[padding], ids()
+    wrapper = AutoregressiveWrapper(net, loss_weighting=weighting)
+    want, _ = alone(wrapper, x, real, {}, **per_token())
+    wrapper.unpad = True
+    got = wrapper(x.masked_fill(~real, 10**6), **told, **per_token())
+    assert got.item() == pytest.approx(float(want), rel=1e-9, abs=1e-12)
+    if isinstance(want, Tensor):
+        assert_same_gradients(gradients(got, net), gradients(want, net), 1e-9, floor=1e-4)
+    else:
+        got.backward()
+        assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
+
+
+@pytest.mark.usefixtures('packs')
+@pytest.mark.parametrize('fused', ['auto', False])
+@pytest.mark.parametrize('network', NETWORKS)
+def test_every_network_and_all_that_is_returned(network: str, fused: bool | str) -> None:
+    net, x, (real, told) = (
+        decoder(num_tokens=VOCAB, **EXACT, **NETWORKS[network]),
+        ids(),
+        PADDINGS['both sides, by mask'],
+    )
+    wrapper = AutoregressiveWrapper(net, loss_weighting='square', fused=fused).eval()
+    numbers = {'recycle_steps': 2} if network == 'recycling' else {}
+    rows = per_token()
+    run = functools.partial(wrapper, **numbers)
+    wrapper.fused = False  # outputs are asked for
+    want, parts = alone(wrapper, x, real, numbers=numbers, **rows)
+    wanted, want = gradients(want, net), want.detach()
+    wrapper.unpad = True
+    got, (logits, cache), breakdown = run(x, **told, **rows, return_outputs=True, return_breakdown=True)
+    assert cache is None
+    assert logits.shape[:2] == breakdown.token_loss.shape == breakdown.weight.shape == (B, N - 1)
+    for (row, start), (alone_logits, alone_breakdown) in parts.items():
+        here = slice(start, start + alone_logits.shape[1])
+        torch.testing.assert_close(logits[row, here], alone_logits[0], rtol=1e-9, atol=1e-9)
+        for mine, its in zip(breakdown[:2], alone_breakdown[:2], strict=True):
+            torch.testing.assert_close(mine[row, here], its[0], rtol=1e-9, atol=1e-9)
+    assert not logits[~real[:, :-1]].any()
+    wrapper.fused = fused
+    loss = run(x, **told, **rows)
+    for one in (got, loss):
+        assert one.item() == pytest.approx(want.item(), rel=1e-9)
+        assert_same_gradients(gradients(one, net), wanted, 1e-9, floor=1e-4)
+
+
+TRAVELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    'embed_ids': ({'embed_num_tokens': {'kind': 3}}, {'embed_ids': {'kind': torch.randint(0, 3, (B, N))}}),
+    'sum_embeds': ({}, {'sum_embeds': torch.randn(B, N, WIDTH, dtype=torch.float64)}),
+    'condition of a token': (
+        {'layers_use_adaptive_layernorm': True, 'layers_dim_condition': 5},
+        {'condition': torch.randn(B, N, 5, dtype=torch.float64)},
+    ),
+    'condition of a row': (
+        {'layers_use_adaptive_layernorm': True, 'layers_dim_condition': 5},
+        {'condition': torch.randn(B, 5, dtype=torch.float64)},
+    ),
+    'self_attn_kv_mask': ({}, {'self_attn_kv_mask': torch.rand(B, N) < 0.7}),
+    'loss_weight of a row': ({}, {'loss_weight': torch.randn(B)}),
+}
+
+
+@pytest.mark.usefixtures('packs')
+@pytest.mark.parametrize('name', TRAVELS)
+def test_what_is_of_a_token_travels_with_it(name: str) -> None:
+    options, call = TRAVELS[name]
+    net, (real, told), x = (
+        decoder(num_tokens=VOCAB, **EXACT, **ROTARY, **options),
+        PADDINGS['both sides, by mask'],
+        ids(),
+    )
+    wrapper, want = AutoregressiveWrapper(net, loss_weighting='sequence'), 0.0
+    z = wrapper.loss_normalizer(x, mask=real)
+    for row in range(B):
+        span = slice(int(STARTS[row]), int(ENDS[row]))
+        if real[row].any():
+            mine = {
+                key: {k: t[row : row + 1, span] for k, t in value.items()}
+                if isinstance(value, dict)
+                else value[row : row + 1]
+                if value.shape[:2] != (B, N)
+                else value[row : row + 1, span]
+                for key, value in call.items()
+            }
+            want = want + wrapper(x[row : row + 1, span], normalizer=z, **mine)
+    wrapper.unpad = True
+    got = wrapper(x, **told, **call)
+    assert got.item() == pytest.approx(float(want), rel=1e-9)
+    assert_same_gradients(gradients(got, net), gradients(want, net), 1e-9, floor=1e-4)
+
+
+def test_fewer_tokens_are_read() -> None:
+    """The network reads as many positions as there are real ones, but for what rows cannot share."""
+    net, read = decoder(num_tokens=VOCAB, max_seq_len=64, **ROTARY), []
+    net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
+    wrapper = AutoregressiveWrapper(net, unpad=True)
+    lens = torch.tensor([30, 2, 3, 20, 1, 4, 0, 0])
+    wrapper(torch.randint(0, VOCAB, (8, 64)), lens=lens)
+    wrapper(torch.randint(0, VOCAB, (8, 64)), lens=lens.clamp(min=29))
+    wrapper(torch.randint(0, VOCAB, (8, 64)), seq_start_pos=64 - lens)
+    assert read == [(2, 30), (8, 30), (2, 30)]
+
+
+@pytest.mark.parametrize('call', [{}, {'segment_ids': torch.ones(B, N).long()}])
+def test_nothing_happens_without_padding_told(call: dict[str, Tensor]) -> None:
+    net, read = decoder(num_tokens=VOCAB, **ROTARY), []
+    net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
+    one, other = (AutoregressiveWrapper(net, unpad=unpad)(ids(), **call) for unpad in (True, False))
+    assert one.item() == other.item()
+    assert read == [(B, N)] * 2
+
+
+REFUSED: dict[str, Any] = {
+    'attn_mask': torch.ones(N, N).bool(),
+    'prepend_embeds': torch.zeros(B, 2, WIDTH),
+    'mems': [torch.zeros(B, 2, WIDTH)],
+    'pos': torch.arange(N),
+    'in_attn_cond': torch.zeros(B, N, WIDTH),
+    'context': torch.zeros(B, 2, WIDTH),
+    'context_mask': torch.ones(B, 2).bool(),
+    'attn_bias': torch.zeros(2, N, N),
+}
+
+
+@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, lens: Tensor) -> None:
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True)
+    for method in (wrapper, wrapper.loss_normalizer):
+        with pytest.raises(ValueError, match=f'unpad=True: {name}'):
+            method(ids(), lens=lens, **{name: REFUSED[name]})
+
+
+@pytest.mark.parametrize(
+    'options', [{'layers_shift_tokens': 1}, {'num_memory_tokens': 2}, {'layers_attn_num_mem_kv': 1}]
+)
+@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
+def test_networks_that_do_not_keep_sequences_apart_are_refused(options: dict[str, Any], lens: Tensor) -> None:
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), unpad=True)
+    with pytest.raises(ValueError, match='keep the sequences of a row apart'):
+        wrapper(ids(), lens=lens)
+    wrapper(ids())
+
+
+def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True)
+    want = wrapper(ids(), lens=ENDS).item()
+    assert torch.compile(wrapper, backend='eager', fullgraph=True)(ids(), lens=ENDS).item() == pytest.approx(want)
+    wrapper.fused = False
+    params = dict(wrapper.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(wrapper, p, (ids(),), {'lens': ENDS}))(params)
+    assert_same_gradients(grads, gradients(wrapper(ids(), lens=ENDS), wrapper), 1e-5, floor=1e-3)
+    with torch.device('meta'):
+        meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True).to('meta')
+    assert meta(ids().to('meta'), lens=ENDS.to('meta')).shape == ()
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts what a GPU would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_micro_batches_and_a_rank_with_nothing() -> None:
+    net, x = decoder(num_tokens=VOCAB, **EXACT, **ROTARY), ids()
+    wrapper = AutoregressiveWrapper(net, loss_weighting='sequence', unpad=True)
+    want = wrapper(x, mask=INSIDE)
+    parts = [{'x': x[a:b], 'mask': INSIDE[a:b]} for a, b in ((0, 2), (2, 2), (2, 6))]
+    z = sum(wrapper.loss_normalizer(**part) for part in parts)
+    got = sum(wrapper(**part, normalizer=z) for part in parts)
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+    assert_same_gradients(gradients(got, net), gradients(want, net), 1e-9, floor=1e-4)
