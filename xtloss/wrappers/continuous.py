@@ -115,7 +115,7 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
 
         """
         padding = {'lens': lens, 'mask': mask, 'seq_start_pos': kwargs.get('seq_start_pos')}
-        given = padding | {'loss_mask': loss_mask, 'loss_weight': loss_weight, 'normalizer': normalizer}
+        given = {**padding, 'loss_mask': loss_mask, 'loss_weight': loss_weight, 'normalizer': normalizer}
         targets = self._count(x, rollout_steps, kwargs, **given)
         is_plain = (
             all(argument is None for argument in given.values())
@@ -174,7 +174,7 @@ class ContinuousAutoregressiveWrapper(WeightingOptions, Upstream):  # type: igno
         check_batch(x, kind='floating point', counts={'rollout_steps': rollout_steps}, notes=NOTES, **arguments)
         refuse_arguments(network_arguments, REFUSED)
         if rollout_steps > 1:
-            refuse_rollout(network_arguments | arguments)
+            refuse_rollout({**network_arguments, **arguments})
             return count_rollout(x, rollout_steps, lens=arguments['lens'], mask=arguments['mask'])
         counting = {name: arguments[name] for name in ('lens', 'mask', 'loss_mask', 'seq_start_pos')}
         return count_targets(x, **counting)
