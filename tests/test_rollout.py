@@ -144,6 +144,35 @@ def test_the_equation(
     assert_same_gradients(grads(loss), grads(want_loss), 1e-9, floor=1e-6)
 
 
+class Normal(Times):
+    """A probabilistic network: the mean is the frame times the parameter, the variance its square times `spread`."""
+
+    probabilistic = True
+
+    def __init__(self, spread: float) -> None:
+        super().__init__(0.7)
+        self.spread = nn.Parameter(torch.tensor(spread))
+        self.double()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return torch.stack((super().forward(x, **kwargs), self.spread * x.square() + 1e-9))
+
+
+@pytest.mark.parametrize('spread', [2.0, 1e-3, 0.0])
+def test_a_probabilistic_network_reads_what_is_drawn(spread: float) -> None:
+    """Drawn by mean and deviation, so that gradients reach both; a deviation is at least √1e-5."""
+    net, x = Normal(spread), frames()
+    torch.manual_seed(7)
+    rolled = rolled_out(net, x, LENS.tolist(), K)
+    costs = (rolled.out[0] - rolled.frames[:, 1:]).square() + rolled.out[1]
+    wrapper = ContinuousAutoregressiveWrapper(net, lambda out, target: (out[0] - target).square() + out[1])
+    want, got = costs[LENS > K].mean(), seeded(wrapper, x, lens=LENS)
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+    params = list(net.parameters())
+    for g, w in zip(torch.autograd.grad(got, params), torch.autograd.grad(want, params), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+
+
 def test_arguments_of_a_row_reach_the_network() -> None:
     context, condition = torch.randn(B, 6, 16, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
     crossing = network(dtype=torch.float64, layers_cross_attend=True, **EXACT)
@@ -239,9 +268,16 @@ def test_what_is_not_read_and_no_target_reaches_nothing(options: dict[str, Any],
     assert not grad[~needed].any()
 
 
+class Growing(Times):
+    """A network whose predictions overflow when they are fed back, also those from zeros."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(x + 1, **kwargs)
+
+
 def test_predictions_of_a_row_too_short_are_not_fed_back() -> None:
     """They may overflow, and no gradient survives that, though it be multiplied by 0."""
-    net = Times(1e30)
+    net = Growing(1e30)
     loss = ContinuousAutoregressiveWrapper(net)(torch.ones(B, N, D), 6, lens=torch.full((B,), 5))
     loss.backward()
     assert loss.item() == 0
