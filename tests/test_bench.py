@@ -1,4 +1,4 @@
-"""examples/bench_loss.py runs, compares like with like, and reads peak memory rightly."""
+"""examples/benchmarks/bench_loss.py runs, compares like with like, and reads peak memory rightly."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / 'examples'
+EXAMPLES = Path(__file__).parent.parent / 'examples' / 'benchmarks'
 TINY: dict[str, Any] = {'tokens': 64, 'dim': 32, 'vocab': 100, 'depth': 1, 'rounds': 1, 'seconds': 0.0, 'threads': 1}
 
 
