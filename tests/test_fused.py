@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,23 @@ def test_weights_of_another_dtype_and_strided_tensors() -> None:
         assert_near(t.grad, want, 1e-5)
 
 
-def test_token_weights_are_constants() -> None:
-    p = problem(9, 3, 7)
-    p.token_weight.requires_grad_()
-    loss, _ = p.solve()
-    assert torch.autograd.grad(loss, (p.embed, p.token_weight), allow_unused=True)[1] is None
-    frozen = Problem(*(t.detach() for t in p[:4]), p.token_weight)
-    assert not frozen.solve()[0].requires_grad
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('alone', [False, True])
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_gradient_of_token_weights(dtype: torch.dtype, alone: bool, compiled: bool) -> None:
+    """nll, in every dtype, beside the other gradients or where nothing else has one, and again with retain_graph."""
+    p = problem(9, 3, 7, dtype=torch.float32 if dtype == torch.float64 else dtype)
+    p = p._replace(token_weight=p.token_weight.detach().to(dtype).requires_grad_())
+    if alone:
+        p = Problem(*(t.detach() for t in p[:4]), p.token_weight)
+    torch._dynamo.reset()
+    solve = torch.compile(Problem.solve, backend='aot_eager', fullgraph=True) if compiled else Problem.solve
+    loss, _ = solve(p, chunk_size=4)
+    for scale in (1.0, -3.0):
+        (grad,) = torch.autograd.grad(loss * scale, p.token_weight, retain_graph=True)
+        assert grad.dtype == dtype
+        assert_near(grad, scale * oracle(p).token_loss, 4 * torch.finfo(dtype).eps + 4 * torch.finfo(p.embed.dtype).eps)
+    torch._dynamo.reset()
 
 
 def test_zero_weights_are_exact() -> None:
@@ -202,6 +213,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({'target': torch.zeros(4, 1).long()}, ValueError, r'target must have shape \(4,\) like embed, got \(4, 1\)'),
     ({'token_weight': torch.zeros(())}, ValueError, r'token_weight must have shape \(4,\) like embed, got \(\)'),
     ({'bias': torch.zeros(8)}, ValueError, r'bias must have shape \(7,\) like weight, got \(8,\)'),
+    ({'weight': torch.zeros(0, 3)}, ValueError, r'weight must have shape .* with vocab >= 1, got \(0, 3\)'),
+    ({'weight': torch.zeros(0, 3), 'chunk_size': 2}, ValueError, r'weight must have .* with vocab >= 1, got \(0, 3\)'),
+    ({'target': OK.target - 100}, ValueError, r'target must be in \[0, 7\): index -\d+ is out of bounds.*'),
+    ({'target': OK.target * 0 + 7}, ValueError, r'target must be in \[0, 7\): index 7 is out of bounds.*'),
+    ({'target': OK.target * 0 - 1}, ValueError, r'target must be in \[0, 7\): index -1 is out of bounds.*'),
     ({'chunk_size': 0}, ValueError, r'chunk_size must be >= 1, got 0'),
     ({'weight': torch.zeros(7, 3, device='meta')}, ValueError, r'weight must be on cpu like embed, got meta'),
     ({'target': OK.target.to('meta')}, ValueError, r'target must be on cpu like embed, got meta'),
@@ -214,3 +230,8 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     with pytest.raises(error, match=f'^{message}$'):
         linear_cross_entropy(**OK._asdict() | change)
     linear_cross_entropy(**OK._asdict())
+
+
+@pytest.mark.parametrize('chunk_size', [np.int64(2), np.uint8(3), 10**30])
+def test_chunk_sizes_of_any_integer(chunk_size: Any) -> None:
+    assert OK.solve(chunk_size=chunk_size)[0].item() == pytest.approx(OK.solve()[0].item(), rel=1e-12)

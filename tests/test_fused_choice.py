@@ -1,9 +1,11 @@
 """Where the wrapper fuses head and loss, and where it takes the logits path."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import x_transformers
 from networks import Stub, assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.utils.flop_counter import FlopCounterMode
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
@@ -246,6 +249,92 @@ def test_a_hook_that_is_removed_is_forgotten(fusings: list[tuple[Any, ...]]) -> 
     assert not fusings
     handle.remove()
     wrapper(X)
+    assert len(fusings) == 1
+
+
+def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As a profiler would, with the name and the module of what it wraps."""
+
+    @functools.wraps(function)
+    def doubling(*args: Any, **kwargs: Any) -> Any:
+        return doubled(args[0], args[1:], function(*args, **kwargs))
+
+    return doubling
+
+
+modules = nn.modules.module
+FOR_ALL: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
+    'forward hook': lambda _: modules.register_module_forward_hook(doubled_heads),
+    'forward hook, called always': lambda _: modules.register_module_forward_hook(doubled_heads, always_call=True),
+    'forward hook with keywords': lambda _: modules.register_module_forward_hook(
+        lambda m, args, kwargs, out: doubled_heads(m, args, out), with_kwargs=True
+    ),
+    'forward pre-hook': lambda _: modules.register_module_forward_pre_hook(
+        lambda m, args: (args[0] * 2,) if is_head(m) else None
+    ),
+    'backward hook': lambda _: modules.register_module_full_backward_hook(
+        lambda m, given, _: (given[0] * 2,) if is_head(m) else None
+    ),
+    'backward pre-hook': lambda _: modules.register_module_full_backward_pre_hook(
+        lambda m, given: (given[0] * 2,) if is_head(m) else None
+    ),
+    'forward of nn.Linear': lambda patch: patch.setattr(nn.Linear, 'forward', wrapped(nn.Linear.forward)),
+    'partial forward of nn.Linear': lambda patch: patch.setattr(
+        nn.Linear, 'forward', functools.partialmethod(wrapped(nn.Linear.forward))
+    ),
+    'call of nn.Linear': lambda patch: patch.setattr(nn.Linear, '__call__', wrapped(nn.Module.__call__)),
+    'forward of the network': lambda patch: patch.setattr(
+        TransformerWrapper, 'forward', wrapped(TransformerWrapper.forward)
+    ),
+}
+
+
+def doubled_heads(module: nn.Module, args: Any, output: Any) -> Any:
+    return output * 2 if is_head(module) else None
+
+
+def is_head(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.out_features == 11
+
+
+@pytest.mark.filterwarnings('ignore:Full backward hook is firing')  # at the embedding, which no gradient enters
+@pytest.mark.parametrize('name', FOR_ALL)
+def test_interception_of_all_modules(
+    name: str, fusings: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the patch or the handle, and then the head is fused again."""
+    before = AutoregressiveWrapper(built(decoder))(X).item()
+    handle = FOR_ALL[name](monkeypatch)
+    try:
+        assert_like_upstream(decoder, {}, fused='auto')
+        assert len(fusings) == 1
+        with pytest.raises(ValueError, match='hooks or another forward'):
+            AutoregressiveWrapper(built(decoder), fused=True)(X)
+        if 'backward' not in name:
+            assert AutoregressiveWrapper(built(decoder))(X).item() != pytest.approx(before, rel=1e-3)
+    finally:
+        handle.remove() if handle is not None else monkeypatch.undo()
+        modules._global_forward_hooks_with_kwargs.clear()  # which remove() forgets
+
+
+@pytest.mark.parametrize('make', [decoder, lambda: decoder(tie_embedding=True)])
+def test_hooks_that_are_gone_and_hooks_of_others_are_no_matter(make: Any, fusings: list[tuple[Any, ...]]) -> None:
+    modules.register_module_forward_hook(doubled).remove()
+    modules.register_module_module_registration_hook(lambda *_: None).remove()
+    with FlopCounterMode(display=False):
+        AutoregressiveWrapper(built(make), fused=True)(X)
+    assert len(fusings) == 1
+
+
+def test_a_head_that_is_bound_to_the_copy_is_tied_to_it(fusings: list[tuple[Any, ...]]) -> None:
+    """As a copy of a wrapper does it: the same code, in a function whose cell holds the copy."""
+    clone = copied(change_copy=True)
+    head = clone.to_logits
+    assert why_not_linear(clone, []) is not None
+    clone.to_logits = FunctionType(head.__code__, head.__globals__, None, head.__defaults__, (CellType(clone),))
+    assert AutoregressiveWrapper(clone, fused=True)(X).item() == pytest.approx(
+        AutoregressiveWrapper(clone, fused=False)(X).item(), rel=1e-6
+    )
     assert len(fusings) == 1
 
 

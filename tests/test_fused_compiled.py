@@ -98,6 +98,14 @@ def test_ten_normalizers_compile_once(compiled: Callable[..., Any]) -> None:
     assert counter.frame_count == 1
 
 
+def test_normalizers_that_are_plain_numbers(compiled: Callable[..., Any]) -> None:
+    """They trace; each kind of number may compile once more."""
+    wrapper = AutoregressiveWrapper(decoder(), fused=False)
+    fast, plain = compiled(wrapper), wrapper(X, normalizer=1.0).item()
+    for z in (1.0, 2.0, 2, 3, 0.7, 1e-3):
+        assert fast(X, normalizer=z).item() == pytest.approx(plain / z, rel=1e-5)
+
+
 def test_compiled_function(compiled: Callable[..., Any]) -> None:
     p = problem(9, 3, 7)
     loss, token_loss = compiled(Problem.solve)(p, chunk_size=2)

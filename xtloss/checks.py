@@ -94,7 +94,7 @@ def check_normalizer_type(normalizer: Any) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dtype not in FLOATS + INTEGERS:
             raise TypeError(f'normalizer must be floating point or integer, got {dtype_name(normalizer.dtype)}')
-    elif normalizer is not None and (isinstance(normalizer, bool) or not isinstance(normalizer, int | float)):
+    elif normalizer is not None and (isinstance(normalizer, bool) or not isinstance(normalizer, (int, float))):
         raise TypeError(f'normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}')
 
 
@@ -105,7 +105,7 @@ def check_normalizer_range(normalizer: Tensor | float | None, device: torch.devi
             raise ValueError(f'normalizer must have shape (), got {tuple(normalizer.shape)}')
         if normalizer.device not in (device, torch.device('cpu')):
             raise ValueError(f'normalizer must be on {device} like x, got {normalizer.device}')
-    elif normalizer is not None and not (normalizer > 0 and math.isfinite(normalizer)):
+    elif normalizer is not None and not 0 < normalizer < math.inf:
         raise ValueError(f'normalizer must be > 0 and finite, got {normalizer}')
 
 

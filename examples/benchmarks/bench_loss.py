@@ -1,8 +1,8 @@
 """Time and memory of head and loss: xtloss beside x-transformers, torch, and the matrix products nobody can avoid.
 
-    python examples/benchmarks/bench_loss.py                                    # one shape
+    python examples/benchmarks/bench_loss.py            # one shape
     python examples/benchmarks/bench_loss.py --vocab 50257 --dim 768 --tokens 2048 --uncounted 0.5
-    python examples/benchmarks/bench_loss.py --suite                      # the table of the gallery, about 7 minutes
+    python examples/benchmarks/bench_loss.py --suite    # the table of the gallery, about 7 minutes
 
 Forward and backward, interleaved in rounds, warmed up. Times are medians; ratios are medians of the ratio within a
 round. Peak memory is that of one pass in a process of its own, beyond what the inputs take.

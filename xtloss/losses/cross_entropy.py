@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from xtloss.losses.transforms import is_transformed
 
 CHUNK_BYTES = 64 * 2**20  # of logits in flight: enough for efficient matrix products, little beside all logits
 
@@ -30,24 +31,36 @@ def row_chunks(rows: int, chunk_size: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk_size, rows)) for start in range(0, rows, chunk_size))
 
 
-def functorch_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is being applied."""
-    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact at any x, as are its derivatives of every order; F.softplus is linear above 20."""
+    positive = x >= 0
+    return torch.where(positive, x, 0) + torch.where(positive, -x, x).exp().log1p()
 
 
 def exp_others_(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In place, z (r, v) becomes exp(z - m), m its row's largest other logit, and 0 at the target, (r,).
 
     Returns D, m and s, the row sum of the new z, each (r, 1): logsumexp(other logits) = m + log(s). A row whose other
-    logits are all -inf, or absent, has s = 0 and D = -inf; else s >= 1.
+    logits are all -inf, or absent, has s = 0 and D = -inf; else s >= 1. An infinite logit of the target, which has
+    overflown, makes D NaN, as `F.cross_entropy` is.
     """
     target = target[:, None]
-    z_target = z.gather(1, target)
+    z_target = _at_target(z, target)
     z.scatter_(1, target, -torch.inf)
     m = z.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
     z.sub_(m).exp_()
     s = z.sum(dim=1, keepdim=True)
-    return (m - z_target) + s.log(), m, s
+    margin = (m - z_target) + s.log()
+    return margin.masked_fill_(z_target == torch.inf, torch.nan), m, s
+
+
+def _at_target(z: Tensor, target: Tensor) -> Tensor:
+    try:
+        return z.gather(1, target)
+    except RuntimeError as error:  # a CPU looks at every index by itself
+        if 'out of bounds' not in str(error):
+            raise
+        raise ValueError(f'target must be in [0, {z.shape[1]}): {error}') from error
 
 
 def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -57,7 +70,7 @@ def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     logits (t, v), target (t,) in [0, v) and counted (t,) bool. No more than the logits and one tensor of their size are
     alive at once, forward or backward. Differentiable any number of times, and under torch.func.
     """
-    if torch.compiler.is_compiling() or functorch_active():
+    if torch.compiler.is_compiling() or is_transformed(logits):
         return composite_cross_entropy(logits, target, counted)
     return _CrossEntropy.apply(logits, target, counted)
 
@@ -66,9 +79,14 @@ def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> 
     """Compute the same from operations that autograd knows, for transforms and compilers."""
     z = torch.where(counted[:, None], logits, 0).to(loss_dtype(logits.dtype))  # (t, v)
     is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]
-    ahead = z - z.gather(1, target[:, None])  # of the target; small, so that its logsumexp is exact
-    margin = ahead.masked_fill(is_target, -torch.inf).logsumexp(dim=1)
-    return torch.where(counted, F.softplus(margin), 0)
+    z_target = z.gather(1, target[:, None])  # (t, 1)
+    others = z.masked_fill(is_target, -torch.inf)
+    m = others.detach().amax(dim=1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+    s = (others - m).exp().sum(dim=1, keepdim=True)
+    log_s = torch.where(s == 0, 1, s).log().masked_fill(s == 0, -torch.inf)  # log(0) has no gradient
+    overflow = torch.zeros_like(z_target).masked_fill(z_target == torch.inf, torch.nan)  # added: its gradient is NaN
+    margin = (m - z_target) + log_s + overflow
+    return torch.where(counted, softplus(margin.squeeze(1)), 0)
 
 
 class _CrossEntropy(Function):
@@ -85,15 +103,17 @@ class _CrossEntropy(Function):
             margin[rows], m[rows], s[rows] = exp_others_(z, target[rows])
 
         ctx.save_for_backward(logits, target, counted, margin, m, s)
-        return torch.where(counted, F.softplus(margin).squeeze(1), 0)
+        return torch.where(counted, softplus(margin).squeeze(1), 0)
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:
         logits, target, counted, margin, m, s = ctx.saved_tensors
 
-        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated again
-            nll = composite_cross_entropy(logits, target, counted)
-            (grad,) = torch.autograd.grad(nll, logits, grad_nll, create_graph=True)
+        twice = torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated again
+        if twice or is_transformed(grad_nll):
+            with torch.enable_grad():
+                nll = composite_cross_entropy(logits, target, counted)
+                (grad,) = torch.autograd.grad(nll, logits, grad_nll, create_graph=twice)
             return grad, None, None
 
         (t, v), dtype = logits.shape, loss_dtype(logits.dtype)

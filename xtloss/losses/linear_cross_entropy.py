@@ -5,19 +5,23 @@ Dims: N tokens, d width, v vocabulary.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
 from xtloss.checks import check_dtype
 from xtloss.losses.chunked import loss_and_grads
-from xtloss.losses.cross_entropy import CHUNK_BYTES, functorch_active, loss_dtype
+from xtloss.losses.cross_entropy import CHUNK_BYTES, loss_dtype
+from xtloss.losses.transforms import is_transformed
 
 NO_SECOND_DERIVATIVE = (
-    'linear_cross_entropy makes its gradients in the forward pass, so it has no second derivative and no torch.func '
-    'transform: build the wrapper with fused=False, or compute the logits and F.cross_entropy'
+    'linear_cross_entropy makes its gradients in the forward pass, so it has no second, batched or forward-mode '
+    'derivative and no torch.func transform: build the wrapper with fused=False, or compute the logits and '
+    'F.cross_entropy'
 )
 
 
@@ -38,25 +42,28 @@ def linear_cross_entropy(
         return (token_weight * nll).sum(), nll.detach()
 
     Logits exist for ``chunk_size`` tokens at a time. Their gradients are made in the same pass, with one exponential
-    per logit, and only for those of ``embed``, ``weight`` and ``bias`` that need one. Under autocast the products run
-    in its dtype; sums and exponentials are made in float32 or wider always.
+    per logit, and only for those of ``embed``, ``weight`` and ``bias`` that need one. The products run in the wider of
+    the dtypes of ``embed`` and ``weight``, under autocast in its own; sums and exponentials are made in float32 or
+    wider always.
 
     Args:
         embed: (N, d), floating point.
         weight: (vocab, d), floating point.
-        target: (N,), any integer dtype, in [0, vocab).
-        token_weight: (N,), floating point, any sign; a constant: no gradient flows into it.
+        target: (N,), any integer dtype, in [0, vocab). Nothing is ignored: leave out rows without a target, or let
+            them weigh 0 with any target. Only the values can tell, which are not read: as in F.cross_entropy, a CPU
+            raises where it meets another target, and a GPU stops with a device-side assertion.
+        token_weight: (N,), floating point, any sign; its gradient is nll.
         bias: (vocab,), floating point.
         chunk_size: tokens a chunk; by default as many as keep its logits within 64 MiB, and 384 at least.
 
     Returns:
-        loss: 0-dim, Σ token_weight · nll, in nats; float32, or float64 where embed is.
+        loss: 0-dim, Σ token_weight · nll, in nats; float32, or float64 where embed or weight is.
         token_loss: (N,), nll, detached, for every row.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: of the wrong shape or device.
-        RuntimeError: under torch.func, or when it is differentiated twice.
+        ValueError: of the wrong shape or device; on a CPU, a target outside [0, vocab).
+        RuntimeError: under torch.func, forward-mode or batched derivatives, or when it is differentiated twice.
 
     Source: D = logsumexp(other logits) - logit(target), nll = softplus(D), gradient of the target -sigmoid(D): Barron,
     Gnanapragasam & Tschannen, A Fix for Softmax and Cross-Entropy, 2026, https://jonbarron.info/softmaxfix/. Gradients
@@ -64,24 +71,29 @@ def linear_cross_entropy(
 
     """
     _check(embed, weight, target, token_weight, bias, chunk_size)
-    refuse_transforms()
+    refuse_transforms(embed, weight, bias, token_weight)
 
-    device = embed.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embed.dtype
-    if embed.dtype == torch.float64:  # autocast leaves it alone
-        dtype = embed.dtype
+    dtype = products_dtype(embed, weight)
     if chunk_size is None:
         chunk_size = default_chunk_size(embed.shape[0], weight.shape[0], loss_dtype(dtype))
 
     inputs = embed, weight, bias
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    constants = target.long(), token_weight.detach().to(loss_dtype(dtype))
+    options = int(chunk_size), dtype, needs_grad
+    tensors = *inputs, target.long(), token_weight.to(loss_dtype(dtype))
 
     if torch.compiler.is_compiling():
-        loss, token_loss, *_ = compiled_loss_and_grads(*inputs, *constants, chunk_size, dtype, needs_grad)
+        loss, token_loss, *_ = compiled_loss_and_grads(*tensors, *options)
         return loss, token_loss.detach()
-    loss, token_loss = _LinearCrossEntropy.apply(*inputs, *constants, chunk_size, dtype, needs_grad)
+    loss, token_loss = _LinearCrossEntropy.apply(*tensors, *options)
     return loss, token_loss
+
+
+def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's where it is on, which leaves float64 alone; else the wider of the two."""
+    device, dtype = embed.device.type, torch.promote_types(embed.dtype, weight.dtype)
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast and dtype != torch.float64 else dtype
 
 
 def default_chunk_size(n: int, v: int, dtype: torch.dtype) -> int:
@@ -92,9 +104,9 @@ def default_chunk_size(n: int, v: int, dtype: torch.dtype) -> int:
     return max(1, -(-n // (chunks * block))) * block
 
 
-def refuse_transforms() -> None:
-    """Raise RuntimeError under torch.func, whose transforms would see constants where there are gradients."""
-    if functorch_active():
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError under torch.func and its like, which would see constants where there are gradients."""
+    if is_transformed(*tensors):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
@@ -105,7 +117,7 @@ class _LinearCrossEntropy(Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         loss, token_loss, *grads = loss_and_grads(*args)
         tensors, ctx.options = args[:5], args[5:]
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, token_loss)
         ctx.grads = grads
         ctx.mark_non_differentiable(token_loss)
         return loss, token_loss
@@ -114,12 +126,14 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph
             raise RuntimeError(NO_SECOND_DERIVATIVE)
+        refuse_transforms(grad_loss)
 
         # scaled in place and let go, so that autograd need not copy the largest of them, (v, d)
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # an earlier backward had them, with retain_graph
-            grads = loss_and_grads(*ctx.saved_tensors, *ctx.options)[2:]
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), *[None] * 5
+            grads = loss_and_grads(*ctx.saved_tensors[:5], *ctx.options)[2:]
+        of_weight = ctx.saved_tensors[5] * grad_loss if ctx.needs_input_grad[4] else None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), None, of_weight, *[None] * 3
 
 
 @torch.library.custom_op(
@@ -144,16 +158,24 @@ def _(embed, weight, bias, target, token_weight, chunk_size, dtype, needs_grad):
     return embed.new_empty((), dtype=wide), embed.new_empty(embed.shape[0], dtype=wide), *grads
 
 
+@register_flop_formula(torch.ops.xtloss.linear_cross_entropy)
+def _flops(embed, weight, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    """Of its products, which a counter does not see inside a compiled graph."""
+    (n, d), v, needs_grad = embed, weight[0], kwargs.get('needs_grad', args[-1])
+    return 2 * n * d * v * (1 + sum(needs_grad[:2]))
+
+
 def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[1:])
     ctx.needs_grad = inputs[-1]
 
 
 def _scale_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph
         raise RuntimeError(NO_SECOND_DERIVATIVE)
-    grads = zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
-    return *(grad * grad_loss if needed else None for grad, needed in grads), *[None] * 5
+    token_loss, *grads = ctx.saved_tensors
+    scaled = (grad * grad_loss if needed else None for grad, needed in zip(grads, ctx.needs_grad, strict=True))
+    return *scaled, None, token_loss * grad_loss, *[None] * 3
 
 
 compiled_loss_and_grads.register_autograd(_scale_grads, setup_context=_save_grads)
@@ -165,14 +187,14 @@ def _check(
     target: Tensor,
     token_weight: Tensor,
     bias: Tensor | None,
-    chunk_size: int | None,
+    chunk_size: Any,
 ) -> None:
     for name, t in (('embed', embed), ('weight', weight), ('token_weight', token_weight)):
         check_dtype(name, t, 'floating point')
     check_dtype('target', target, 'integer')
     if bias is not None:
         check_dtype('bias', bias, 'floating point')
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral)):
         raise TypeError(f'chunk_size must be int, got {type(chunk_size).__name__}')
 
     if embed.ndim != 2:
@@ -181,6 +203,8 @@ def _check(
         raise ValueError(
             f'weight must have shape (vocab, {embed.shape[1]}) as embed is wide, got {tuple(weight.shape)}'
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f'weight must have shape (vocab, {embed.shape[1]}) with vocab >= 1, got {tuple(weight.shape)}')
     for name, vector, like in (
         ('target', target, embed),
         ('token_weight', token_weight, embed),

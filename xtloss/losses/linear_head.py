@@ -5,10 +5,14 @@ Dims: d width, v vocabulary.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as all_modules
 from x_transformers.x_transformers import TokenEmbedding, TransformerWrapper
 
 from xtloss.tracing import constant
@@ -22,6 +26,8 @@ PLAIN_ARGUMENTS = frozenset(
     'layers_execute_order repeat_blocks self_attn_kv_residuals cross_attn_kv_residuals flash_pack_seq_kwargs '
     'flash_pack_seq_context_kwargs causal'.split()
 )
+CALLS = ('forward', '__call__', '_call_impl', '_wrapped_call_impl')  # what runs when a module is called
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 class LinearHead(NamedTuple):
@@ -32,8 +38,8 @@ class LinearHead(NamedTuple):
     scale: float
 
     def scaled(self, embed: Tensor) -> Tensor:
-        """Scale · embed: it is narrower than logits."""
-        return embed if self.scale == 1 else embed * self.scale
+        """Scale · embed, as precise as the products will be: it is narrower than logits."""
+        return embed if self.scale == 1 else embed.to(torch.promote_types(embed.dtype, self.weight.dtype)) * self.scale
 
 
 def linear_head(net: Any) -> LinearHead:
@@ -52,8 +58,9 @@ def why_not_linear(net: Any, arguments: list[str]) -> str | None:
     """Return why head and loss cannot be one, given the names of what goes to the network's forward; None if they can.
 
     A whitelist: exactly x-transformers' TransformerWrapper, with exactly an nn.Linear or its own tied embedding for a
-    head, as they are (no hooks, parametrizations, subclasses, replaced forwards, tensor subclasses), and no option that
-    does something between the embeddings and the logits, or to the logits.
+    head, as they are (no hooks, of their own or for all modules, no parametrizations, subclasses, tensor subclasses, or
+    replaced forwards, of the module or of its class), and no option that does something between the embeddings and the
+    logits, or to the logits.
     """
     return why_not_arguments(arguments) or _why_not_plain_network(net)
 
@@ -93,24 +100,44 @@ def _why_not_plain_network(net: Any) -> str | None:
         return f'the head is a {type(head).__name__}, neither nn.Linear nor the embedding tied to this very network'
 
     for weight in weights:
-        if type(weight) not in (nn.Parameter, Tensor):
+        if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
             return f"the head's weight is a {type(weight).__name__}"
     return None
 
 
 def _is_touched(module: nn.Module) -> bool:
-    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    return 'forward' in vars(module) or any(getattr(module, hook) for hook in hooks)
+    """Whether something else than the class as it was written runs when the module is called."""
+    return (
+        any(getattr(module, hooks) for hooks in HOOKS)
+        or any(not _is_observer(hook) for hooks in HOOKS for hook in getattr(all_modules, f'_global{hooks}').values())
+        or any(name in vars(module) for name in CALLS)
+        or not _is_as_written(type(module))
+    )
+
+
+def _is_observer(hook: Any) -> bool:
+    """Whether a hook for all modules is one of torch's own, as of FlopCounterMode, which change nothing."""
+    return str(getattr(hook, '__module__', None)).startswith('torch.')
+
+
+def _is_as_written(cls: type) -> bool:
+    """Whether forward comes from the file of the class that has it, whoever replaced it, and when.
+
+    What nn.Module itself does around forward may be a tracer's.
+    """
+    owner = next(c for c in cls.__mro__ if 'forward' in vars(c))
+    forward = vars(owner)['forward']
+    written = type(forward) is FunctionType and forward.__code__.co_filename == sys.modules[owner.__module__].__file__
+    return written and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLS[1:])
 
 
 def _is_tied(head: Any, net: nn.Module) -> bool:
     """Whether the head is the lambda of TransformerWrapper.__init__ that reads this network's embedding.
 
-    After copy.deepcopy it still reads the original's.
+    After copy.deepcopy of the network alone it still reads the original's.
     """
     return (
         type(head) is FunctionType
-        and head.__module__ == TransformerWrapper.__module__
-        and head.__qualname__ == f'{TransformerWrapper.__init__.__qualname__}.<locals>.<lambda>'
+        and head.__code__ in inspect.unwrap(TransformerWrapper.__init__).__code__.co_consts
         and all(cell.cell_contents is net for cell in head.__closure__ or ())
     )

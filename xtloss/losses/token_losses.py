@@ -12,6 +12,7 @@ from torch import Tensor
 from xtloss.losses.cross_entropy import cross_entropy, loss_dtype
 from xtloss.losses.linear_cross_entropy import linear_cross_entropy
 from xtloss.losses.linear_head import LinearHead
+from xtloss.losses.transforms import has_values
 from xtloss.weighting.targets import Outputs
 
 
@@ -61,7 +62,7 @@ def loss_from_embeds(
     """Σ weight · nll over the counted targets, 0-dim, and their nll, (b, n-1), detached, 0 where not counted.
 
     In eager mode only the rows that count reach the head, at the price of one host sync. A compiled graph has static
-    shapes: there the others go along, as zeros that weigh nothing.
+    shapes, and what has no values cannot be counted: there the others go along, as zeros that weigh nothing.
     """
     check_outputs(embeds, ids, outputs)
     shape = embeds.shape[:2]
@@ -70,7 +71,7 @@ def loss_from_embeds(
     weight = outputs.at_outputs(weight, shape)
     embeds = embeds.flatten(0, 1)  # (r·m, d)
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_values(at_counted):
         rows = torch.where(at_counted[:, None], embeds, 0)
         total, nll = linear_cross_entropy(head.scaled(rows), head.weight, targets, weight, bias=head.bias)
         nll = torch.where(at_counted, nll, 0)

@@ -80,7 +80,7 @@ def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any =
 
 
 class Weights(NamedTuple):
-    """Weights and normalizer of one batch: constants, no gradient flows into them."""
+    """Weights and normalizer of one batch: constants, but for the gradient that a loss_weight of one's own may want."""
 
     by_length: Tensor  # (b, n-1), counted · L^-p: what auxiliary losses are weighted by
     weight: Tensor  # (b, n-1), w = loss_weight · counted · L^-p
@@ -99,7 +99,7 @@ def batch_weights(
 
     weight = by_length
     if loss_weight is not None:
-        loss_weight = loss_weight.detach().to(dtype)
+        loss_weight = loss_weight.to(dtype)
         loss_weight = loss_weight[:, None] if loss_weight.ndim == 1 else next_tokens(loss_weight)
         weight = torch.where(targets.counted, loss_weight * by_length, 0)
 
