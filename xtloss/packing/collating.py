@@ -93,7 +93,12 @@ def one_to_a_row(lengths: Sequence[int], max_len: int) -> Layout:
 
 def by_key(examples: Any) -> dict[str, Any]:
     """Turn a list of dicts into a dict of lists; sequences that are no dicts are ``'x'``."""
-    if not is_sequence(examples) or not examples or not isinstance(examples[0], Mapping):
+    if not is_sequence(examples):
+        raise TypeError(
+            'examples must be a list of dicts; without dicts x must be a list of tensors or of lists, got '
+            + type(examples).__name__
+        )
+    if not examples or not isinstance(examples[0], Mapping):
         return {'x': examples}
     for k, example in enumerate(examples):
         if not isinstance(example, Mapping):

@@ -71,9 +71,8 @@ def pack(
     check_pad_type(pad_value, tensors[0].dtype if tensors else None)
     max_len = check_max_len(max_len)
     lengths = token_counts('sequences', tensors, max_len)
-    empty = from_numbers('pad_value', [pad_value])[:0]
     index = token_index(best_fit_decreasing(lengths, max_len))
-    x = lay_out(tensors or [empty], index, pad_value)
+    x = lay_out(tensors or [from_numbers('pad_value', [pad_value])[:0]], index, pad_value)
     return x, sequence_numbers(lengths)[index].to(x.device)
 
 

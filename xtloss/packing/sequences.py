@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtloss.checks import INTEGERS, SIGNED, check_dense, dtype_name, is_flag, is_integer, is_number, plain
+from xtloss.checks import FLOATS, INTEGERS, SIGNED, check_dense, dtype_name, is_flag, is_integer, is_number, plain
 
 CPU = torch.device('cpu')  # where lists and arrays lie, whatever the default device
 MAX_LEN = 2**31 - 1  # what reads packed rows counts positions in int32
@@ -40,7 +40,7 @@ def as_tensors(name: str, sequences: Any, kind: str | None = None) -> list[Tenso
             raise TypeError(f'{name}[{k}] must be {described(sequences[0])} like {name}[0], got {described(sequence)}')
         if isinstance(sequence, Tensor):
             check_dense(f'{name}[{k}]', sequence)
-            if not (sequence.dtype.is_floating_point or sequence.dtype in (torch.bool, *INTEGERS)):
+            if sequence.dtype not in (torch.bool, *INTEGERS, *FLOATS):
                 raise TypeError(f'{name}[{k}] must hold real numbers, got {dtype_name(sequence.dtype)}')
     if sequences and isinstance(sequences[0], Tensor):
         return sequences
@@ -96,7 +96,7 @@ def check_number(name: str, value: Any, kind: str | None) -> None:
 def fits(number: float, dtype: torch.dtype) -> bool:
     """Whether the dtype can hold it: as what it is, but for rounding."""
     low, high = limits(dtype)
-    return low <= number <= high or (dtype.is_floating_point and not math.isfinite(number))
+    return low <= number <= high or (dtype.is_floating_point and (abs(number) == math.inf or number != number))
 
 
 def limits(dtype: torch.dtype) -> tuple[float, float]:
