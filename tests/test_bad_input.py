@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import Unreachable, decoder
@@ -143,14 +144,17 @@ def test_types_are_checked_before_shapes_and_ranges(arguments: dict[str, Any], m
 def test_good_input_of_every_dtype_is_taken(fused: str | bool) -> None:
     """The twin of the tests above: what they refuse is refused for the reason they name."""
     wrapper = AutoregressiveWrapper(decoder(max_seq_len=N), fused=fused)
-    for integer in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        rows = {'lens': ROWS.to(integer) * 5, 'seq_start_pos': ROWS.to(integer)}
+    for name in 'uint8 uint16 uint32 uint64 int8 int16 int32 int64'.split():
+        integer = getattr(torch, name)
+        rows = {'lens': (ROWS * 5).to(integer), 'seq_start_pos': ROWS.to(integer)}
         for floating in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             for weight in (torch.ones(B, dtype=floating), torch.ones(B, N, dtype=floating)):
                 z = torch.tensor(2.0, dtype=floating)
                 loss = wrapper(X.to(integer), **rows, mask=FLAGS, loss_mask=FLAGS, loss_weight=weight, normalizer=z)
                 assert loss.isfinite()
-    assert wrapper(X, normalizer=1).isfinite()
+        assert wrapper(X.to(integer), segment_ids=(X + 1).to(integer), normalizer=ROWS[0].to(integer)).isfinite()
+    for number in (1, np.int64(1), np.float16(1), np.float64(1)):
+        assert wrapper(X, normalizer=number).isfinite()
 
 
 def why_not(wrapper: AutoregressiveWrapper, pattern: str, **call: Any) -> None:

@@ -1,19 +1,28 @@
 """Bad input is refused before the network runs: type and dtype first, then shape, device and range.
 
-Dims: b batch, n positions, d features. No check reads a tensor's values, which would stall a GPU.
+Dims: b batch, n positions, p prepended embeddings, d features. No check reads a tensor's values, which would stall a
+GPU. Numbers may be numpy's, which is not imported for it: its scalars are registered as `numbers`, but for `bool_`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# torch stores these and computes little with them; their bits are those of
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *SIGNED)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT32 = torch.finfo(torch.float32)
+BUILT_IN = (int, float)  # tuples, as torch.compile knows no unions in torch 2.6
+NUMBERS = (*BUILT_IN, Real, torch.SymInt, torch.SymFloat)
+WHOLE_NUMBERS = (int, Integral, torch.SymInt)
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {'bool': (torch.bool,), 'integer': INTEGERS, 'floating point': FLOATS}
 
 # the per-token and per-row arguments all wrappers share: what they are made of, how many dims of x they may have
@@ -32,13 +41,17 @@ def check_batch(
     *,
     kind: str = 'integer',
     normalizer: Any = None,
+    prepend_embeds: Any = None,
+    width: int | None = None,
     counts: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> None:
-    """Check x, (b, n) of token ids or (b, n, d) of features, the arguments named in `ARGUMENTS`, and `normalizer`.
+    """Check x, (b, n) of token ids or (b, n, d) of features, the arguments named in `ARGUMENTS`, and those here.
 
-    `counts` are whole numbers >= 1. `notes` end the message about the shape of an argument.
+    `prepend_embeds` is (b, p, width), of any width where it is None. `counts` are whole numbers >= 1, `flags` bools.
+    `notes` end the message about the shape of an argument.
 
     Raises:
         TypeError: an argument of the wrong type or dtype; these are looked for first.
@@ -46,14 +59,18 @@ def check_batch(
 
     """
     given = {name: value for name, value in arguments.items() if value is not None}
+    counts = counts or {}
 
     check_dtype('x', x, kind)
     for name, value in given.items():
         check_dtype(name, value, ARGUMENTS[name][0])
+    if prepend_embeds is not None:
+        check_dtype('prepend_embeds', prepend_embeds, 'floating point')
     check_normalizer_type(normalizer)
-    for name, value in (counts or {}).items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f'{name} must be int, got {type(value).__name__}')
+    for name, value in counts.items():
+        check_integer(name, value)
+    for name, value in (flags or {}).items():
+        check_flag(name, value)
 
     dims = 'b n' if kind == 'integer' else 'b n d'
     if x.ndim != len(dims.split()) or x.shape[1] == 0:
@@ -66,12 +83,20 @@ def check_batch(
             raise ValueError(
                 f'{name} must have shape {" or ".join(map(str, shapes))} like x, got {tuple(value.shape)}{note}'
             )
-        if value.device != x.device:
-            raise ValueError(f'{name} must be on {x.device} like x, got {value.device}')
+        check_device(name, value, x.device)
+    if prepend_embeds is not None:
+        check_embeds('prepend_embeds', prepend_embeds, x, width)
     check_normalizer_range(normalizer, x.device)
-    for name, value in (counts or {}).items():
-        if value < 1:
-            raise ValueError(f'{name} must be >= 1, got {value}')
+    for name, value in counts.items():
+        check_at_least_one(name, value)
+
+
+def widened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments, tensors of integers as int64, with which torch can compute, and in which nothing wraps."""
+    return {
+        name: value.long() if isinstance(value, Tensor) and value.dtype in INTEGERS else value
+        for name, value in arguments.items()
+    }
 
 
 def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -81,21 +106,118 @@ def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -
             raise ValueError(f'{name} cannot be given here: {reason}')
 
 
+def check_known(function: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError, as Python does and with a suggestion, for a keyword that `function` does not know."""
+    known = set(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            raise TypeError(
+                f"{function} got an unexpected keyword argument '{name}'" + (f', is it {close[0]}?' if close else '')
+            )
+
+
+def keywords(*functions: Callable[..., Any]) -> frozenset[str]:
+    """The names under which arguments can be handed to one of these functions, whatever their ``**kwargs`` take."""
+    return frozenset(
+        name
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != 'self'
+    )
+
+
+# tensors
+
+
 def check_dtype(name: str, value: Any, kind: str) -> None:
-    """Raise TypeError unless `value` is a tensor of this kind of dtype."""
+    """Raise TypeError unless `value` is a dense tensor of this kind of dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f'{name} must be {kind}, a tensor, got {type(value).__name__}')
     if value.dtype not in DTYPES[kind]:
         raise TypeError(f'{name} must be {kind}, got {dtype_name(value.dtype)}')
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raise TypeError for a tensor that is sparse or nested."""
+    if value.is_nested or value.layout != torch.strided:
+        layout = 'nested' if value.is_nested else str(value.layout).removeprefix('torch.')
+        raise TypeError(f'{name} must be a dense tensor, got a {layout} one')
+
+
+def check_device(name: str, value: Tensor, device: torch.device, like: str = 'x') -> None:
+    """Raise ValueError unless the tensor is on this device."""
+    if value.device != device:
+        raise ValueError(f'{name} must be on {device} like {like}, got {value.device}')
+
+
+def check_embeds(name: str, embeds: Tensor, x: Tensor, width: int | None = None) -> None:
+    """Raise ValueError unless these are (b, p, width) embeddings beside x, of any width where it is None."""
+    b = x.shape[0]
+    if embeds.ndim != 3 or embeds.shape[0] != b or width not in (None, embeds.shape[2]):
+        raise ValueError(
+            f'{name} must have shape ({b}, p, {"d" if width is None else width}), got {tuple(embeds.shape)}'
+        )
+    check_device(name, embeds, x.device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, as people write it."""
+    return str(dtype).removeprefix('torch.')
+
+
+# numbers
+
+
+def is_flag(value: Any) -> TypeGuard[bool]:
+    """A bool of Python or of numpy, whose ``bool_`` is no number to either."""
+    return isinstance(value, bool) or (str(getattr(value, 'dtype', '')) == 'bool' and value.ndim == 0)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A real number of Python or of numpy; no bool, no tensor."""
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """An integer of Python or of numpy; no bool, no tensor."""
+    return isinstance(value, WHOLE_NUMBERS) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless it is a bool."""
+    if not is_flag(value):
+        raise TypeError(f'{name} must be bool, got {type(value).__name__}')
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise TypeError unless it is an integer."""
+    if not is_integer(value):
+        raise TypeError(f'{name} must be int, got {type(value).__name__}')
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Raise ValueError unless the integer is >= 1, and one that a tensor may have as its size."""
+    if not 1 <= value < 2**63:
+        raise ValueError(f'{name} must be >= 1{"" if value < 1 else " and less than 2^63"}, got {value}')
 
 
 def check_normalizer_type(normalizer: Any) -> None:
     """Raise TypeError unless it is None, a number, or a tensor of numbers."""
-    if isinstance(normalizer, Tensor):
-        if normalizer.dtype not in FLOATS + INTEGERS:
-            raise TypeError(f'normalizer must be floating point or integer, got {dtype_name(normalizer.dtype)}')
-    elif normalizer is not None and (isinstance(normalizer, bool) or not isinstance(normalizer, (int, float))):
-        raise TypeError(f'normalizer must be a number or a 0-dim tensor, got {type(normalizer).__name__}')
+    if normalizer is not None:
+        check_number_type('normalizer', normalizer)
+
+
+def check_number_type(name: str, value: Any) -> None:
+    """Raise TypeError unless it is a number, or a tensor of numbers."""
+    if not isinstance(value, Tensor):
+        if not is_number(value):
+            raise TypeError(f'{name} must be a number or a 0-dim tensor, got {type(value).__name__}')
+        return
+    if value.dtype not in FLOATS + INTEGERS:
+        raise TypeError(f'{name} must be floating point or integer, got {dtype_name(value.dtype)}')
+    check_dense(name, value)
 
 
 def check_normalizer_range(normalizer: Tensor | float | None, device: torch.device) -> None:
@@ -105,28 +227,12 @@ def check_normalizer_range(normalizer: Tensor | float | None, device: torch.devi
             raise ValueError(f'normalizer must have shape (), got {tuple(normalizer.shape)}')
         if normalizer.device not in (device, torch.device('cpu')):
             raise ValueError(f'normalizer must be on {device} like x, got {normalizer.device}')
-    elif normalizer is not None and not 0 < normalizer < math.inf:
-        raise ValueError(f'normalizer must be > 0 and finite, got {normalizer}')
+    elif normalizer is not None and not FLOAT32.tiny <= plain(normalizer) <= FLOAT32.max:  # traced, unlike isfinite
+        raise ValueError(f'normalizer must be > 0 and finite in float32, got {normalizer}')
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32, as people write it."""
-    return str(dtype).removeprefix('torch.')
-
-
-def check_flags(**flags: Any) -> None:
-    """Raise TypeError for what is no bool."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f'{name} must be bool, got {type(value).__name__}')
-
-
-def check_prepend_embeds(prepend_embeds: Any, x: Tensor, width: int | None) -> None:
-    """Raise TypeError or ValueError unless it is (b, p, d), floating point, and as wide as the network's embeddings."""
-    check_dtype('prepend_embeds', prepend_embeds, 'floating point')
-    d = 'd' if width is None else width
-    shape = tuple(prepend_embeds.shape)
-    if len(shape) != 3 or shape[0] != x.shape[0] or (width is not None and shape[2] != width):
-        raise ValueError(f'prepend_embeds must have shape ({x.shape[0]}, p, {d}), got {shape}')
-    if prepend_embeds.device != x.device:
-        raise ValueError(f'prepend_embeds must be on {x.device} like x, got {prepend_embeds.device}')
+def plain(number: Any) -> float:
+    """The number as one of Python's, which can be compared with all others: numpy's float16 cannot."""
+    if isinstance(number, BUILT_IN):
+        return number
+    return int(number) if isinstance(number, Integral) else float(number)

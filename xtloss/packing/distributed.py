@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xtloss.checks import FLOATS, INTEGERS, dtype_name
+from xtloss.checks import check_number_type, plain
 
 
 def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -41,7 +40,7 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
       divides the loss by k: pass ``normalizer=Z / k``.
 
     Args:
-        total: 0-dim tensor, integer or floating point; or a number, finite and >= 0.
+        total: 0-dim tensor, of any integer or floating point dtype; or a number, numpy's too, finite and >= 0.
         group: the ranks whose gradients are averaged, None for all; beside tensor parallelism, the data-parallel group.
 
     Returns:
@@ -84,12 +83,9 @@ def communication_device(group: dist.ProcessGroup | None) -> torch.device:
 
 def check_total(total: Any) -> None:
     """Raise TypeError or ValueError unless it is a number >= 0 or a 0-dim tensor of one."""
+    check_number_type('total', total)
     if isinstance(total, Tensor):
-        if total.dtype not in FLOATS + INTEGERS:
-            raise TypeError(f'total must be floating point or integer, got {dtype_name(total.dtype)}')
         if total.ndim > 0:
             raise ValueError(f'total must have shape (), got {tuple(total.shape)}')
-    elif isinstance(total, bool) or not isinstance(total, int | float):
-        raise TypeError(f'total must be a number or a 0-dim tensor, got {type(total).__name__}')
-    elif not (total >= 0 and math.isfinite(total)):
+    elif not 0 <= plain(total) <= torch.finfo(torch.float64).max:
         raise ValueError(f'total must be >= 0 and finite, got {total}')

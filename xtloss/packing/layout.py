@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xtloss.checks import check_dtype, dtype_name
+from xtloss.checks import check_dense, check_dtype, plain
+from xtloss.packing.sequences import (
+    CPU,
+    as_tensors,
+    bits,
+    check_max_len,
+    check_pad_range,
+    check_pad_type,
+    from_numbers,
+    token_counts,
+)
 
 
 class Layout(NamedTuple):
@@ -26,7 +35,7 @@ class Layout(NamedTuple):
 
 
 def pack(
-    sequences: Sequence[Tensor] | Sequence[Sequence[float]], max_len: int, pad_value: float = 0
+    sequences: Sequence[Tensor] | Sequence[Sequence[float]] | Sequence[Any], max_len: int, pad_value: float = 0
 ) -> tuple[Tensor, Tensor]:
     """Pack sequences several to a row, whole, so that little of the batch is padding.
 
@@ -39,35 +48,32 @@ def pack(
         ([[3, 4, 5, 6], [1, 2, 7, 0]], [[2, 2, 2, 2], [1, 1, 3, 0]])
 
     Args:
-        sequences: s 1-D tensors of one dtype and device, or s lists of numbers, each of 1 … max_len tokens.
-        max_len: n, at least 1.
+        sequences: s 1-D tensors of one dtype and device, s numpy arrays (mapped into memory, say), or s lists of
+            numbers, each of 1 … max_len tokens.
+        max_len: n, in [1, 2^31).
         pad_value: number of the sequences' dtype, put where a row has nothing left to hold.
 
     Returns:
-        x: (b, n), dtype and device of the tensors; of lists, the dtype ``torch.tensor`` gives their numbers, and
-            where there are no sequences (b = 0) the one it gives the pad value.
+        x: (b, n), dtype and device of the tensors; of arrays, theirs, on the CPU; of lists, on the CPU, bool where all
+            numbers are, int64 where all are whole, else the default dtype; where there are no sequences (b = 0), the
+            dtype that a list of the pad value would get.
         segment_ids: (b, n) int64, 1 + the index in the input of the sequence that lies there, 0 = padding.
 
     Raises:
-        TypeError: not such sequences, mixed dtypes, `max_len` no int, `pad_value` of another kind than the sequences.
+        TypeError: not such sequences, mixed or complex dtypes, `max_len` no int, `pad_value` of another kind.
         ValueError: a sequence is empty, longer than `max_len`, not 1-D or on another device; a number out of range.
 
     Source: best-fit decreasing as in Johnson, "Near-optimal bin packing algorithms", 1973; for language models Ding et
     al., "Fewer truncations improve language modeling", 2024, https://arxiv.org/abs/2404.10830.
 
     """
-    check_max_len(max_len)
-    lengths = sequence_lengths('sequences', sequences, max_len)
+    tensors = as_tensors('sequences', sequences)
+    check_pad_type(pad_value, tensors[0].dtype if tensors else None)
+    max_len = check_max_len(max_len)
+    lengths = token_counts('sequences', tensors, max_len)
     index = token_index(best_fit_decreasing(lengths, max_len))
-    x = concatenate('sequences', sequences, pad_value)
-    index = index.to(x.device)
-    return take(x, index), sequence_numbers(lengths).to(x.device)[index]
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens[index]; torch 2.6 cannot index the wider unsigned dtypes."""
-    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-    return tokens.view(signed.get(tokens.dtype, tokens.dtype))[index].view(tokens.dtype)
+    x = lay_out(tensors or [from_numbers('pad_value', [pad_value])[:0]], index, pad_value)
+    return x, sequence_numbers(lengths)[index].to(x.device)
 
 
 def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
@@ -85,11 +91,12 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
 
     Raises:
         TypeError: `values` no tensor, `segment_ids` no tensor of integers.
-        ValueError: `segment_ids` not (b, n), or `values` not (b, n, ...) with the same b and n.
+        ValueError: `segment_ids` not (b, n) or without values, or `values` not (b, n, ...) with the same b and n.
 
     """
     if not isinstance(values, Tensor):
         raise TypeError(f'values must be a tensor, got {type(values).__name__}')
+    check_dense('values', values)
     check_dtype('segment_ids', segment_ids, 'integer')
     if segment_ids.ndim != 2:
         raise ValueError(f'segment_ids must have shape (b, n), got {tuple(segment_ids.shape)}')
@@ -97,15 +104,18 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
         b, n = segment_ids.shape
         raise ValueError(f'values must have shape ({b}, {n}, ...) like segment_ids, got {tuple(values.shape)}')
 
-    begins = torch.ones_like(segment_ids, dtype=torch.bool)  # (b, n), where a run begins
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    if segment_ids.is_meta:
+        raise ValueError('segment_ids must be on a device that holds values, got meta')
+
+    ids = bits(segment_ids)
+    begins = torch.ones_like(ids, dtype=torch.bool)  # (b, n), where a run begins
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     first = begins.flatten().nonzero().squeeze(-1)  # (runs,)
-    lengths = first.diff(append=first.new_tensor([segment_ids.numel()]))
+    lengths = first.diff(append=first.new_tensor([ids.numel()]))
     runs = torch.split(values.flatten(0, 1), lengths.tolist())
 
-    ids = take(segment_ids.flatten(), first).long()
-    order = ids.argsort(stable=True)
-    return [runs[k] for k in order[ids[order] != 0].tolist()]
+    numbers = ids.flatten()[first].view(segment_ids.dtype).tolist()
+    return [runs[k] for k in sorted(range(len(runs)), key=numbers.__getitem__) if numbers[k] != 0]
 
 
 def best_fit_decreasing(lengths: Sequence[int], max_len: int) -> Layout:
@@ -132,88 +142,26 @@ def best_fit_decreasing(lengths: Sequence[int], max_len: int) -> Layout:
 
 def token_index(layout: Layout) -> Tensor:
     """(b, n) int64: which token of the sequences, end to end, lies where, from 1 on; 0 = padding."""
-    length, row, start = (torch.tensor(column, dtype=torch.int64) for column in layout[:3])  # (s,)
+    length, row, start = (torch.tensor(column, dtype=torch.int64, device=CPU) for column in layout[:3])  # (s,)
     b, n = layout.shape
     t = sum(layout.length)
     shift = row * n + start - (length.cumsum(0) - length)  # (s,), from a token's place in the line to that in the batch
-    place = torch.arange(t) + shift.repeat_interleave(length, output_size=t)  # (t,)
-    return torch.zeros(b * n, dtype=torch.int64).index_copy(0, place, torch.arange(1, t + 1)).view(b, n)
+    place = torch.arange(t, device=CPU) + shift.repeat_interleave(length, output_size=t)  # (t,)
+    index = torch.zeros(b * n, dtype=torch.int64, device=CPU)
+    return index.index_copy(0, place, torch.arange(1, t + 1, device=CPU)).view(b, n)
 
 
 def sequence_numbers(lengths: Sequence[int]) -> Tensor:
     """(1 + t,) int64: 0 for the padding, then for each token the number of its sequence, from 1 on."""
-    return torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([1, *lengths]))
+    repeats = torch.tensor([1, *lengths], device=CPU)
+    return torch.arange(len(repeats), device=CPU).repeat_interleave(repeats, output_size=1 + sum(lengths))
 
 
-def concatenate(name: str, sequences: Sequence[Any], pad_value: float) -> Tensor:
-    """(1 + t,): the padding, then all sequences end to end."""
-    if not isinstance(pad_value, int | float):
-        raise TypeError(f'pad_value must be a number, got {type(pad_value).__name__}')
-    if not sequences:
-        tokens = torch.tensor([pad_value])[:0]
-    elif isinstance(sequences[0], Tensor):
-        tokens = torch.cat(list(sequences))
-    else:
-        try:
-            tokens = torch.tensor(list(chain.from_iterable(sequences)))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f'{name} must hold numbers: {error}') from error
-        if tokens.ndim != 1:
-            raise ValueError(f'{name} must be lists of numbers, got lists of shape {tuple(tokens.shape[1:])} in them')
-    check_pad_value(pad_value, tokens.dtype)
-    return torch.cat([tokens.new_full((1,), pad_value), tokens])
-
-
-def sequence_lengths(name: str, sequences: Any, max_len: int | None = None) -> list[int]:
-    """Check that these are sequences of one kind, and return their lengths, in [1, max_len]."""
-    if not is_sequence(sequences):
-        raise TypeError(f'{name} must be a list of tensors or of lists, got {type(sequences).__name__}')
-    first = sequences[0] if sequences else None
-    for k, sequence in enumerate(sequences):
-        if not isinstance(sequence, Tensor) and not is_sequence(sequence):
-            raise TypeError(f'{name}[{k}] must be a tensor or a list of numbers, got {type(sequence).__name__}')
-        if getattr(sequence, 'dtype', None) != getattr(first, 'dtype', None):
-            raise TypeError(f'{name}[{k}] must be {kind(first)} like {name}[0], got {kind(sequence)}')
-
-    lengths = []
-    for k, sequence in enumerate(sequences):
-        if isinstance(sequence, Tensor) and sequence.ndim != 1:
-            raise ValueError(f'{name}[{k}] must be 1-D, got shape {tuple(sequence.shape)}')
-        if isinstance(sequence, Tensor) and sequence.device != sequences[0].device:
-            raise ValueError(f'{name}[{k}] must be on {sequences[0].device} like {name}[0], got {sequence.device}')
-        length = len(sequence)
-        if length == 0:
-            raise ValueError(f'{name}[{k}] must have at least 1 token, got 0')
-        if max_len is not None and length > max_len:
-            raise ValueError(f'{name}[{k}] must have at most max_len = {max_len} tokens, got {length}')
-        lengths.append(length)
-    return lengths
-
-
-def is_sequence(value: Any) -> bool:
-    """Lists and their like; a string is text, not yet tokens."""
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def kind(sequence: Any) -> str:
-    """What sequences must be alike in, as people write it."""
-    return f'a tensor of {dtype_name(sequence.dtype)}' if isinstance(sequence, Tensor) else 'a list'
-
-
-def check_max_len(max_len: Any) -> None:
-    """Raise TypeError unless it is an int, ValueError unless >= 1."""
-    if not isinstance(max_len, int) or isinstance(max_len, bool):
-        raise TypeError(f'max_len must be an int, got {type(max_len).__name__}')
-    if max_len < 1:
-        raise ValueError(f'max_len must be >= 1, got {max_len}')
-
-
-def check_pad_value(pad_value: Any, dtype: torch.dtype) -> None:
-    """Raise TypeError or ValueError unless this dtype can hold the number."""
-    if dtype.is_floating_point:
-        return
-    if isinstance(pad_value, float):
-        raise TypeError(f'pad_value must be an integer for {dtype_name(dtype)} sequences, got {pad_value}')
-    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    if not low <= pad_value <= high:
-        raise ValueError(f'pad_value must be in [{low}, {high}] for {dtype_name(dtype)} sequences, got {pad_value}')
+def lay_out(sequences: Sequence[Tensor], index: Tensor, pad_value: float) -> Tensor:
+    """(b, n): of all sequences end to end, the token that `index` names, from 1 on; the padding where it is 0."""
+    dtype = sequences[0].dtype
+    check_pad_range(pad_value, dtype)
+    padding = sequences[0].new_full((1,), plain(pad_value))
+    tokens = torch.cat([bits(t) for t in (padding, *sequences)])  # (1 + t,)
+    x = tokens[index.to(tokens.device)]
+    return x if x.dtype == dtype else x.view(dtype)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xtloss.checks import check_flag, is_number
 from xtloss.weighting.targets import Targets, next_tokens
 
 
@@ -53,9 +54,7 @@ def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any =
         ValueError: unknown name, p outside [0, 1], or the flag beside another weighting.
 
     """
-    if not isinstance(equal_loss_weight_batch, bool):
-        raise TypeError(f'equal_loss_weight_batch must be bool, got {type(equal_loss_weight_batch).__name__}')
-
+    check_flag('equal_loss_weight_batch', equal_loss_weight_batch)
     if loss_weighting is None:
         return WEIGHTINGS['sequence' if equal_loss_weight_batch else 'token']
 
@@ -64,10 +63,10 @@ def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any =
             names = ', '.join(WEIGHTINGS)
             raise ValueError(f'loss_weighting must be one of {names}, or a float in [0, 1], got {loss_weighting!r}')
         weighting = WEIGHTINGS[loss_weighting]
-    elif isinstance(loss_weighting, int | float) and not isinstance(loss_weighting, bool):
+    elif is_number(loss_weighting):
         if not 0 <= loss_weighting <= 1:
             raise ValueError(f'loss_weighting must be in [0, 1] where it is a number, got {loss_weighting}')
-        weighting = Weighting(p=float(loss_weighting), q=1.0 - loss_weighting)
+        weighting = Weighting(p=float(loss_weighting), q=1.0 - float(loss_weighting))
     else:
         raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstream
 
-from xtloss.checks import check_flags, check_prepend_embeds
+from xtloss.checks import check_flag
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_head import linear_head
 from xtloss.losses.looped import looped_losses
@@ -187,12 +187,11 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     def check_loss_options(self) -> None:
         """Raise TypeError or ValueError unless the options are legal."""
         super().check_loss_options()
-        check_flags(unpad=self.unpad, trust_segments=self.trust_segments)
+        check_flag('unpad', self.unpad)
+        check_flag('trust_segments', self.trust_segments)
 
     def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         x, given = self._check_batch(x, given)
-        if 'prepend_embeds' in given:
-            check_prepend_embeds(given['prepend_embeds'], x, getattr(self.net, 'emb_dim', None))
         if 'segment_ids' in given:
             network = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
             check_segments(self.net, given['segment_ids'], network, trust=self.trust_segments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from functools import reduce
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import ARGUMENTS, check_batch, check_flags
+from xtloss.checks import ARGUMENTS, check_batch, check_known, keywords, widened
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
@@ -96,12 +95,12 @@ class LossWrapper(nn.Module):
         """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
         self.check_loss_options()
         given = {name: value for name, value in given.items() if value is not None}
-        flags = ('return_outputs', 'return_breakdown')
-        check_flags(**{name: given[name] for name in flags if name in given})
+        flags = {name: given[name] for name in ('return_outputs', 'return_breakdown') if name in given}
+        numbers = {name: given[name] for name in ('normalizer', 'prepend_embeds') if name in given}
         counting = {name: value for name, value in given.items() if name in ARGUMENTS}
-        check_batch(x, normalizer=given.get('normalizer'), **counting, **options)
-        wide = {name: value.long() for name, value in counting.items() if ARGUMENTS[name][0] == 'integer'}
-        return x if x.is_floating_point() else x.long(), {**given, **wide}
+        width = getattr(self.net, 'emb_dim', None)
+        check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
+        return x if x.is_floating_point() else x.long(), {**given, **widened(counting)}
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
         """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
@@ -124,17 +123,15 @@ class LossWrapper(nn.Module):
             return 'return_outputs asks for logits'
         return why_not_arguments([name for name in given if name not in OF_THE_LOSS])
 
-    def _refuse_unknown(self, given: Iterable[str]) -> None:
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
         """Raise TypeError for an argument that neither `forward` nor the network's forward has."""
-        known = {*inspect.signature(type(self).forward).parameters}
+        forwards = [type(self).forward]
         for module in (self.net, getattr(self.net, 'attn_layers', None)):
-            classes = [cls for cls in type(module).__mro__ if 'forward' in vars(cls) and cls is not nn.Module]
-            if not classes or not classes[0].__module__.startswith('x_transformers.'):
+            own = [vars(cls)['forward'] for cls in type(module).__mro__ if 'forward' in vars(cls)]
+            if module is None or not own[0].__module__.startswith('x_transformers.'):
                 return  # somebody else's forward, which may take anything
-            known = known.union(*(inspect.signature(vars(cls)['forward']).parameters for cls in classes))
-        for name in given:
-            if name not in known:
-                raise TypeError(f'loss_normalizer() got an unexpected keyword argument {name!r}')
+            forwards += own
+        check_known('loss_normalizer()', names, keywords(*forwards))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose tied head would go on reading the embedding of the original."""

@@ -1,0 +1,156 @@
+"""Sequences in every form people have them, and helpers that stay where the data is."""
+
+import array
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from xtloss import collate, global_normalizer, pack, unpack
+
+INTEGERS = 'uint8 uint16 uint32 uint64 int8 int16 int32 int64'.split()
+
+
+def listed(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in batch.items()}
+
+
+@pytest.mark.parametrize('name', INTEGERS)
+def test_integers_of_every_dtype_are_packed_padded_and_taken_apart(name: str) -> None:
+    dtype = getattr(torch, name)
+    greatest = torch.iinfo(dtype).max
+    sequences = [torch.tensor([greatest, 0, 1], dtype=dtype), torch.tensor([7], dtype=dtype)]
+    x, segment_ids = pack(sequences, max_len=5, pad_value=greatest)
+    assert x.dtype == dtype
+    assert x.tolist() == [[greatest, 0, 1, 7, greatest]]
+    assert [part.tolist() for part in unpack(x, segment_ids)] == [[greatest, 0, 1], [7]]
+    assert collate(sequences, pad_value=2)['x'].tolist() == [[greatest, 0, 1], [7, 2, 2]]
+
+    ids = torch.tensor([[greatest, greatest, 1], [0, 2, 0]], dtype=dtype)  # ids beyond those of int64 come last too
+    assert [part.tolist() for part in unpack(torch.arange(6).view(2, 3), ids)] == [[2], [4], [0, 1]]
+
+
+@pytest.mark.parametrize('name', [*INTEGERS, 'float16', 'float32', 'float64', 'bool'])
+def test_numpy_arrays_pack_like_tensors(name: str) -> None:
+    rows = [np.array([1, 0, 1], dtype=name), np.array([1], dtype=name)]
+    x, segment_ids = pack(rows, max_len=4)
+    assert x.dtype == getattr(torch, name)
+    assert x.tolist() == [[1, 0, 1, 1]]
+    assert segment_ids.tolist() == [[1, 1, 1, 2]]
+    assert listed(collate(rows)) == {'x': [[1, 0, 1], [1, 0, 0]], 'lens': [3, 1]}
+
+
+def test_a_memory_mapped_corpus_is_read_and_not_written(tmp_path: Any) -> None:
+    np.arange(100, dtype='>u2').tofile(tmp_path / 'corpus')
+    corpus = np.memmap(tmp_path / 'corpus', dtype='>u2', mode='r')  # read-only, and not in the machine's byte order
+    x, _ = pack([corpus[3:6], corpus[9:5:-2]], max_len=5)
+    assert x.dtype == torch.uint16
+    assert x.tolist() == [[3, 4, 5, 9, 7]]
+    x.zero_()
+    assert corpus[3] == 3
+
+
+@pytest.mark.parametrize(
+    'sequences',
+    [
+        [(5, 6, 7), (8,)],
+        [range(5, 8), range(8, 9)],
+        [b'\x05\x06\x07', b'\x08'],
+        [array.array('H', [5, 6, 7]), array.array('H', [8])],
+        [[np.int64(5), 6, np.uint64(7)], [np.int8(8)]],
+        [torch.tensor([5, 6, 7]), np.array([8])],
+    ],
+)
+def test_other_forms_of_integers(sequences: Any) -> None:
+    x, segment_ids = pack(sequences, max_len=4)
+    assert x.dtype == torch.int64
+    assert x.tolist() == [[5, 6, 7, 8]]
+    assert segment_ids.tolist() == [[1, 1, 1, 2]]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    sequences = [torch.tensor([1, 2]), torch.tensor([3])]
+    for integer in (np.int8, np.uint8, np.int64, np.uint64):
+        x, _ = pack(sequences, max_len=integer(4), pad_value=integer(9))
+        assert x.tolist() == [[1, 2, 3, 9]]
+        assert collate(sequences, max_len=integer(3), pad_value=integer(9))['x'].shape == (2, 3)
+        assert global_normalizer(integer(3)).item() == 3
+    for floating in (np.float16, np.float32, np.float64, np.longdouble):
+        x, _ = pack([t.half() for t in sequences], max_len=4, pad_value=floating(0.5))
+        assert x.tolist() == [[1, 2, 3, 0.5]]
+        assert global_normalizer(floating(0.5)).item() == 0.5
+    assert pack([[True]], max_len=2, pad_value=np.bool_(True))[0].tolist() == [[True, True]]
+    assert pack([[np.float64(1), 2]], max_len=2)[0].dtype == torch.float32  # as any number, not as its own dtype
+
+
+@pytest.mark.parametrize('pad_value', [float('nan'), float('inf'), -float('inf'), 65504, 1])
+def test_floats_may_be_padded_with_what_their_dtype_holds(pad_value: float) -> None:
+    x, _ = pack([torch.ones(1).half()], max_len=2, pad_value=pad_value)
+    assert torch.equal(x[0, 1].isnan(), torch.tensor(pad_value != pad_value))
+    assert pad_value != pad_value or x[0, 1].item() == pad_value
+
+
+@pytest.mark.parametrize('layout', ['padded', 'packed'])
+@pytest.mark.parametrize(
+    ('name', 'columns', 'dtype'),
+    [
+        ('loss_weight', ([1, 1], [1.0, 0.5], [np.float64(1), 2]), torch.float32),
+        ('loss_mask', ([1, 0], [True, False], [np.bool_(1), 0]), torch.bool),
+        ('mask', ([1, 1], [True, True]), torch.bool),
+        ('self_attn_kv_mask', ([0, 1], [False, True]), torch.bool),
+        ('x', ([0, 1], [2**31, 3], [np.uint8(1), 2]), torch.int64),
+        ('kind', ([0, 1], [np.uint8(1), 2]), torch.int64),
+    ],
+)
+def test_the_dtype_of_lists_does_not_depend_on_the_batch(
+    layout: str, name: str, columns: Any, dtype: torch.dtype
+) -> None:
+    for column in columns:
+        batch = collate([{'x': [1, 2], name: column}], layout=layout)
+        assert batch[name].dtype == dtype
+        assert batch[name].tolist() == [column]
+
+
+def test_helpers_follow_the_data_and_not_the_default_device() -> None:
+    tensors = [torch.tensor([1, 2]), torch.tensor([3])]
+    lists = [tensor.tolist() for tensor in tensors]
+    with torch.device('meta'):
+        for sequences in (tensors, lists, [tensor.numpy() for tensor in tensors]):
+            x, segment_ids = pack(sequences, max_len=4)
+            assert x.tolist() == [[1, 2, 3, 0]]
+            assert [part.tolist() for part in unpack(x, segment_ids)] == lists
+            assert listed(collate(sequences)) == {'x': [[1, 2], [3, 0]], 'lens': [2, 1]}
+        assert [t.device.type for t in (*pack([], max_len=4), *collate([]).values())] == ['cpu'] * 4
+        assert global_normalizer(3).item() == 3
+        assert global_normalizer(torch.tensor(3.0, device='cpu')).item() == 3
+
+
+def test_tensors_without_values_are_laid_out() -> None:
+    meta = [torch.empty(2, device='meta'), torch.empty(3, device='meta')]
+    for t in (*pack(meta, max_len=4), *collate(meta, max_len=4).values()):
+        assert t.is_meta
+        assert t.shape[0] == 2
+    parts = unpack(torch.empty(1, 4, 7, device='meta'), torch.tensor([[2, 2, 2, 1]]))
+    assert [tuple(part.shape) for part in parts] == [(1, 7), (3, 7)]
+    assert global_normalizer(torch.empty((), device='meta')).is_meta
+    with FakeTensorMode():
+        x, segment_ids = pack([torch.ones(2), torch.ones(3)], max_len=4)
+        assert x.shape == segment_ids.shape == (2, 4)
+        assert collate([torch.ones(2), torch.ones(3)], layout='packed')['x'].shape == (2, 3)
+
+
+@pytest.mark.parametrize('name', [*INTEGERS, 'float16', 'bfloat16', 'float32', 'float64'])
+def test_a_normalizer_of_every_dtype_is_float32_at_least(name: str) -> None:
+    total = global_normalizer(torch.tensor(100).to(getattr(torch, name)))
+    assert total.dtype == (torch.float64 if name == 'float64' else torch.float32)
+    assert total.item() == 100
+
+
+@pytest.mark.parametrize('value', [7e4, float('nan'), -float('inf'), -3.0])
+def test_a_broken_tensor_stays_visible(value: float) -> None:
+    total = torch.tensor(value).half()
+    assert torch.equal(global_normalizer(total), total.float()) or total.isnan()
+    assert global_normalizer(total).isnan() == total.isnan()
