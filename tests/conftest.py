@@ -1,10 +1,14 @@
 """What every test starts from: one thread, a fixed seed, few and reproducible hypothesis examples."""
 
 import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import x_transformers
 
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it brings
 
@@ -34,3 +38,33 @@ def seed() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine in turn."""
     return torch.device(request.param)
+
+
+@cache
+def _knows_next() -> bool:
+    try:
+        torch.compile(lambda x: (x, next(iter([]), None)), fullgraph=True, backend='eager')(torch.ones(()))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
+def _next(iterator: Iterator[Any], *default: Any) -> Any:
+    for value in iterator:
+        return value
+    if not default:
+        raise StopIteration
+    return default[0]
+
+
+@pytest.fixture
+def whole_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have torch.compile(fullgraph=True) take the network, so that a break is ours.
+
+    x-transformers calls `next(iterator, None)`, at which an older torch breaks the graph.
+    """
+    torch._dynamo.reset()
+    if not _knows_next():
+        monkeypatch.setattr(x_transformers.x_transformers, 'next', _next, raising=False)
+    yield
+    torch._dynamo.reset()

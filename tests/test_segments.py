@@ -488,7 +488,7 @@ def test_no_host_sync_and_no_random_numbers() -> None:
 
 
 @pytest.mark.parametrize('options', [{}, {'rotary_pos_emb': True, 'attn_flash': True}], ids=label)
-def test_compiles_whole(options: dict[str, Any]) -> None:
+def test_compiles_whole(options: dict[str, Any], whole_graphs: None) -> None:
     """No graph break in what is handed, nor in the network, where upstream's has none with a mask."""
     net = build({'depth': 1} | options).eval()
     x, mask = torch.randint(0, VOCABULARY, IDS.shape), torch.ones(N, N).tril().bool()
