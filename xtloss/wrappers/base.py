@@ -95,8 +95,8 @@ class LossWrapper(nn.Module):
         """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
         self.check_loss_options()
         given = {name: value for name, value in given.items() if value is not None}
-        flags = {name: given[name] for name in ('return_outputs', 'return_breakdown') if name in given}
-        numbers = {name: given[name] for name in ('normalizer', 'prepend_embeds') if name in given}
+        flags: dict[str, Any] = {name: given[name] for name in ('return_outputs', 'return_breakdown') if name in given}
+        numbers: dict[str, Any] = {name: given[name] for name in ('normalizer', 'prepend_embeds') if name in given}
         counting = {name: value for name, value in given.items() if name in ARGUMENTS}
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)

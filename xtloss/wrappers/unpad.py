@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from xtloss.losses.cross_entropy import functorch_active
+from xtloss.losses.transforms import functorch_active, has_values
 from xtloss.packing.collating import one_to_a_row
 from xtloss.packing.layout import Layout, best_fit_decreasing, sequence_numbers, token_index
 from xtloss.weighting.targets import Outputs
@@ -91,17 +90,11 @@ def holds_tensors(value: Any) -> bool:
     return any(map(holds_tensors, value)) if isinstance(value, (list, tuple)) else isinstance(value, Tensor)
 
 
-def has_values(*tensors: Any) -> bool:
-    """Whether tensors can be read: not while tracing, under torch.func, on the meta device or of FakeTensorMode."""
-    if torch.compiler.is_compiling() or functorch_active():
-        return False
-    return not any(isinstance(t, FakeTensor) or t.device.type == 'meta' for t in tensors)
-
-
 def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None:
     """Plan the rows of a batch; None where it goes as it came. Copies 3 · b numbers to the host."""
     telling = {name: given[name] for name in TELLING if name in given}
-    if not has_values(x, *telling.values()):
+    tracing = torch.compiler.is_compiling() or functorch_active()
+    if tracing or not all(map(has_values, (x, *telling.values()))):
         return None
     b, n = x.shape
     real = real_positions(x, **telling)
