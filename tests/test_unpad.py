@@ -243,13 +243,12 @@ def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
     params = dict(wrapper.named_parameters())
     grads = torch.func.grad(lambda p: torch.func.functional_call(wrapper, p, (ids(),), {'lens': ENDS}))(params)
     assert_same_gradients(grads, gradients(wrapper(ids(), lens=ENDS), wrapper), 1e-5, floor=1e-3)
-    with torch.device('meta'):
-        meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True).to('meta')
+    meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True).to('meta')
     assert meta(ids().to('meta'), lens=ENDS.to('meta')).shape == ()
 
 
-class HostSyncs(TorchDispatchMode):
-    """Counts what a GPU would wait for."""
+class HostCopies(TorchDispatchMode):
+    """Counts the tensors whose values are read, which a GPU would have to wait for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,6 +257,20 @@ class HostSyncs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return func(*args, **(kwargs or {}))
+
+
+def test_how_often_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the layout and once for the rows that count; without `unpad` once."""
+    read: list[int] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, 'tolist', lambda t: read.append(t.numel()) or tolist(t))
+    net = decoder(num_tokens=VOCAB, **ROTARY)
+    for unpad, layouts in ((False, []), (True, [3 * B])):
+        read.clear()
+        with HostCopies() as copies:
+            AutoregressiveWrapper(net, unpad=unpad)(ids(), lens=ENDS)
+        assert copies.count == 1
+        assert read == layouts
 
 
 def test_micro_batches_and_a_rank_with_nothing() -> None:
