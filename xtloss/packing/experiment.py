@@ -9,7 +9,8 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ SHARDING = ('torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'torch._f
 
 def written_in(code: Any, places: tuple[str, ...]) -> bool:
     """Whether a class, or all of the functions that a call of it goes through, were written in these modules."""
-    module = getattr(code, '__globals__', {}).get('__name__')  # decorators copy __module__
-    module = module or getattr(code if isinstance(code, type) else type(code), '__module__', '')
+    own = getattr(code if isinstance(code, type) else type(code), '__module__', '')
+    module = str(getattr(code, '__globals__', {}).get('__name__', own))  # decorators copy __module__
     within = next((v for k in ('__func__', 'func', '__wrapped__') if (v := getattr(code, k, None)) is not None), None)
     if within is None:
         return module.startswith(places)
@@ -65,7 +66,7 @@ def neutral() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with ExitStack() as modes:
         for mode in (
-            temporarily_clear_interpreter_stack(), _disable_current_modes(), Constant(), torch.inference_mode(False),
+            temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False),
             torch.no_grad(), torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False),
             torch.device('cpu'), torch.random.fork_rng(devices), warnings.catch_warnings(),
         ):  # fmt: skip
@@ -143,7 +144,7 @@ def runs(b: int, n: int) -> list[list[slice]]:
     while sum(lengths) < n:
         lengths.append(5 * 2 ** (len(lengths) - 3))
     starts = [min(sum(lengths[:k]), n) for k in range(len(lengths) + 1)]
-    spans = [(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True) if start < stop]
+    spans = [(start, stop) for start, stop in pairwise(starts) if start < stop]
     back = [(n - stop, n - start) for start, stop in reversed(spans)]
     return [[slice(*span) for span in (back if row % 2 else spans)] for row in range(b)]
 
@@ -155,10 +156,10 @@ class Leak(NamedTuple):
     moved: Tensor  # where the sequence is alone in a row of its own length
 
 
-def leak(run: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor) -> Leak:
+def leak(compute: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor) -> Leak:
     """Measure how far sequences that share rows move each other. No host sync.
 
-    `run` maps tokens (b, n, …), run numbers (b, n), and where in x they come from (rows, columns) to outputs (b, n, …).
+    `compute` maps tokens (b, n, …), run numbers (b, n), and where in x they come from (rows, columns) to outputs (b, n, …).
     """
     b, n = x.shape[:2]
     spans = runs(b, n)
@@ -169,6 +170,11 @@ def leak(run: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor)
     ids, last = ids.to(x.device), last.to(x.device)
     everywhere = (slice(None), slice(None))
 
+    def run(*arguments: Any) -> Tensor:
+        random.seed(0)
+        with Constant():
+            return compute(*arguments)
+
     packed = run(x, ids, everywhere)  # (b, n, …)
     seen = []
     for change in ((ids + torch.arange(b, device=x.device)[:, None]) % 2 == 1, last):
@@ -178,8 +184,11 @@ def leak(run: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor)
     for row, here in enumerate(spans):
         for span in here:
             rows = slice(row, row + 1)
-            alone = run(x[rows, span], ids[rows, span] * 0, (rows, span))
-            moved.append((alone - packed[rows, span]).abs().max())
+            with suppress(Exception):  # rows may be too short for it
+                alone = run(x[rows, span], ids[rows, span] * 0, (rows, span))
+                moved.append((alone - packed[rows, span]).abs().max())
+    if not moved:
+        raise NoPlaceError('no sequence can be alone in a row')
     scale = packed.std().clamp(min=1e-30)
     return Leak(*(torch.nan_to_num(torch.stack(worst).max() / scale, nan=float('inf')) for worst in (seen, moved)))
 

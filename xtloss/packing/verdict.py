@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as every_module
-from x_transformers.attend import Attend, Intermediates
+from x_transformers.attend import Attend
 from x_transformers.x_transformers import (
     AbsolutePositionalEmbedding,
-    Attention,
     AttentionLayers,
-    LayerIntermediates,
     TransformerWrapper,
 )
 
 from xtloss.packing.apart import LIBRARIES, is_upstream, option_of, owner_of, strange, uses_varlen, why_not_together
-from xtloss.packing.experiment import SHARDING, NoPlaceError, bare, leak, neutral, outputs, stand_ins, wrapped, written_in
-from xtloss.packing.runs import causal_mask, positions_in_run
+from xtloss.packing.asking import OUTER, ask
+from xtloss.packing.experiment import (
+    SHARDING,
+    bare,
+    wrapped,
+    written_in,
+)
 
-
-OUTER = (TransformerWrapper, AttentionLayers)
+HOOK = ' with a hook'
 
 
 class Verdict(NamedTuple):
@@ -107,22 +109,22 @@ def why_not(net: nn.Module, inner: TransformerWrapper) -> str | None:
         return reason
 
     asked = {m: place for m, place in places.items() if place.foreign is not None}
-    asked |= {m: places[m]._replace(foreign=f' {t.attribute}'.rstrip()) for t, m in odd.items() if m not in asked}
+    asked |= {m: places[m]._replace(foreign=f' {t.attribute}'.rstrip()) for t, m in odd.items()}
     answers: dict[Any, Tensor | None] = {}
-    leaks = {}
+    leaks: dict[str, Tensor] = {}
     for module, place in asked.items():
         if all(map(has_values, [*module.parameters(), *module.buffers()])):
             name = f'{place.path or "the network"} {type(module).__name__}{place.foreign or ""}'
             key = (place.masked, *map(likeness, parts(module)))
             if key not in answers:
-                answers[key] = ask(module, net, inner, masked=place.masked)
-            if answers[key] is None:
+                answers[key] = ask(module, net, masked=place.masked, hooked=place.foreign == HOOK)
+            if (found := answers[key]) is None:
                 return name
-            leaks[name] = answers[key]
-    if leaks:
-        for name, (seen, moved) in zip(leaks, torch.stack([t.to('cpu') for t in leaks.values()]).tolist()):
-            if not (seen < 1e-4 and moved < 3e-2):  # half precision inside, in another shape, rounds otherwise
-                return name
+            leaks[name] = found.cpu()
+    measured = torch.stack(list(leaks.values())).tolist() if leaks else []
+    for name, (seen, moved) in zip(leaks, measured, strict=True):
+        if not (seen < 1e-4 and moved < 3e-2):  # half precision inside, in another shape, rounds otherwise
+            return name
     return None
 
 
@@ -161,16 +163,20 @@ def what_is_foreign(module: nn.Module) -> str | None:
     hooks = [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
     hooks += [module._forward_hooks, module._forward_pre_hooks]
     if not all(written_in(hook, (*SHARDING, 'torch.nn.utils', 'torch.utils')) for d in hooks for hook in d.values()):
-        return ' with a hook'
+        return HOOK
     if 'forward' in vars(module) and wrapped(module) is None:
         return ' with another forward'
     owner = owner_of(module)
-    if owner is nn.Module or not written_in(owner.forward, LIBRARIES):
+    if owner is nn.Module or not written_in(vars(owner)['forward'], LIBRARIES):
         return ''
     for cls in type(module).__mro__[: type(module).__mro__.index(owner)]:
         if any(hasattr(owner, name) for name in vars(cls) if not name.startswith('__') or name == '__call__'):
             return ''
-    return '' if len(getattr(module, 'normalized_shape', '1')) > 1 or any(map(is_special, module._parameters.values())) else None
+    return (
+        ''
+        if len(getattr(module, 'normalized_shape', '1')) > 1 or any(map(is_special, module._parameters.values()))
+        else None
+    )
 
 
 def is_special(p: Tensor | None) -> bool:
@@ -185,81 +191,3 @@ def likeness(part: Any) -> Any:
     if isinstance(part, nn.Module):
         return type(part)
     return part if isinstance(part, bool | int | float | str) else id(part)
-
-
-def ask(module: nn.Module, net: nn.Module, inner: Any, *, masked: bool) -> Tensor | None:
-    """Return how far tokens move each other in a module, as a `Leak` of shape (2,), float32; None if it takes none.
-
-    It is tried on features of each width that it may take, then on ids, in evaluation and in training.
-    """
-    weights = [t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()]
-    own_dtype, device = next(((t.dtype, t.device) for t in weights), (torch.float32, torch.device('cpu')))
-    own = is_upstream(module) and 'forward' not in vars(module)
-    outer = [m for m in module.modules() if isinstance(m, OUTER) and 'forward' not in vars(m)]
-    for stubs in [outer, [], [module]] if own else [outer, []]:
-        for dtype in dict.fromkeys([torch.float32, own_dtype]):
-            with neutral(), stand_ins(module, net, dtype):
-                for stub in stubs:
-                    vars(stub)['forward'] = honest(stub)
-                pooled = False
-                for tokens, other in inputs(module, inner, dtype, device):
-                    if pooled and not tokens.is_floating_point():  # it took features, and is no embedding
-                        return None
-                    for given in [('attn_mask', 'return_intermediates'), ('attn_mask',), ()] if masked else [()]:
-                        try:
-                            return torch.stack([answer(module, tokens, other, given, mode) for mode in (False, True)]).amax(0)
-                        except NoPlaceError:
-                            pooled = True
-                        except Exception:  # whatever a foreign module raises
-                            continue
-    return None
-
-
-def inputs(module: nn.Module, inner: Any, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs of what a module may take: features (2, n, d) of each width its weights have, or ids (2, n)."""
-    draw = torch.Generator().manual_seed(0)
-    n, dim = min(max(inner.max_seq_len or 0, 128), 1024), inner.attn_layers.dim
-    sizes = {size for t in [*module.parameters(), *module.buffers()] for size in t.shape}
-    sizes |= {size for m in module.modules() for size in vars(m).values() if type(size) is int and 1 < size < 2**20}
-    if not any(isinstance(m, TransformerWrapper) for m in module.modules()):
-        for d in dict.fromkeys([dim, *sorted(sizes)]):
-            x, other = torch.randn(2, 2, min(n, 2**24 // d), d, generator=draw)
-            yield x.to(device, dtype), 30 * other.to(device, dtype)
-    v = min([inner.num_tokens, *(size for size in sizes if size > 1)])
-    ids = torch.randint(0, v, (2, n), generator=draw)
-    yield ids.to(device), ((ids + torch.randint(1, v, (2, n), generator=draw)) % v).to(device)
-
-
-def answer(module: nn.Module, x: Tensor, other: Tensor, given: tuple[str, ...], training: bool) -> Tensor:
-    """Run the experiment on a module with stand-ins: (2,)."""
-    for m in module.modules():
-        m.training = training
-    whole = any(isinstance(m, TransformerWrapper) for m in module.modules())
-    heads = isinstance(module, Attend)  # (b, h, n, d)
-
-    def run(x: Tensor, ids: Tensor, _: Any) -> Tensor:
-        arguments = {'attn_mask': causal_mask(ids), 'return_intermediates': True, 'pos': positions_in_run(ids)}
-        arguments = {name: arguments[name] for name in given + (('pos',) if whole and given else ())}
-        found = module(x[:, None] if heads else x, **arguments)
-        return outputs([t[:, 0] for t in found[:1]] if heads else found, *x.shape[:2])
-
-    return torch.stack(leak(run, x, other))
-
-
-def honest(module: Any) -> Callable[..., Any]:
-    """Return a forward in place of a module that is known: each token reads what its mask shows, and its position."""
-
-    def forward(x: Tensor, *_: Any, attn_mask: Tensor | None = None, pos: Tensor | None = None, **__: Any) -> Any:
-        if not x.is_floating_point():
-            x = (x[..., None] * torch.arange(1, module.num_tokens + 1, device=x.device)).sin()  # (b, n, v)
-        if isinstance(module, OUTER):
-            n = x.shape[1]
-            mask = torch.ones(1, 1, n, n, device=x.device).tril() if attn_mask is None else attn_mask
-            x = x + mask[:, 0].to(x) @ x / mask[:, 0].to(x).sum(dim=-1, keepdim=True)
-        if isinstance(module, TransformerWrapper):
-            x = x + (torch.arange(n, device=x.device) if pos is None else pos)[..., None].cos()
-        if isinstance(module, OUTER):
-            return x, LayerIntermediates()
-        return (x, Intermediates()) if isinstance(module, Attention | Attend) else x
-
-    return forward
