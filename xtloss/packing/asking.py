@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from x_transformers.attend import Attend, Intermediates
 from x_transformers.x_transformers import Attention, AttentionLayers, LayerIntermediates, TransformerWrapper
 
-from xtloss.packing.experiment import NoPlaceError, leak, neutral, outputs, stand_ins
+from xtloss.packing.experiment import NoPlaceError, leak, outputs, stand_ins
 from xtloss.packing.runs import causal_mask, positions_in_run
 
 OUTER = (TransformerWrapper, AttentionLayers)
@@ -30,7 +30,7 @@ def ask(module: nn.Module, net: nn.Module, *, masked: bool, hooked: bool) -> Ten
     own_dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for stubs in [outer, [], [module]] if hooked else [outer, []]:
         for dtype in dict.fromkeys([torch.float32, own_dtype]):
-            with neutral(), stand_ins(module, net, dtype):
+            with stand_ins(module, net, dtype):
                 for stub in stubs:
                     vars(stub)['forward'] = honest(stub)
                 pools = False
@@ -72,7 +72,7 @@ def answer(module: nn.Module, x: Tensor, other: Tensor, given: tuple[str, ...], 
     whole = any(isinstance(m, TransformerWrapper) for m in module.modules())
 
     def run(x: Tensor, ids: Tensor, _: Any) -> Tensor:
-        arguments = {'attn_mask': causal_mask(ids), 'return_intermediates': True}
+        arguments: dict[str, Any] = {'attn_mask': causal_mask(ids), 'return_intermediates': True}
         arguments = {name: arguments[name] for name in given} | (
             {'pos': positions_in_run(ids)} if whole and given else {}
         )

@@ -44,6 +44,9 @@ def bare(module: Any) -> Any:
     return module
 
 
+PLAIN = {name: vars(nn.Module)[name] for name in ('__call__', '__getattr__')}  # export patches them
+
+
 class Constant(TorchDispatchMode):
     """Draws nothing at random: every draw is the same number, so dropout scales and a permutation is none."""
 
@@ -63,6 +66,7 @@ def neutral() -> Iterator[None]:
     """Leave every ambient mode, and bring it back together with the random streams."""
     dtype, python = torch.get_default_dtype(), random.getstate()
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    patched = {name: vars(nn.Module)[name] for name in PLAIN}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with ExitStack() as modes:
         for mode in (
@@ -73,10 +77,14 @@ def neutral() -> Iterator[None]:
             modes.enter_context(mode)
         try:
             warnings.simplefilter('ignore')
+            for name, method in PLAIN.items():
+                setattr(nn.Module, name, method)
             torch.set_default_dtype(torch.float32)
             torch.use_deterministic_algorithms(False)
             yield
         finally:
+            for name, method in patched.items():
+                setattr(nn.Module, name, method)
             torch.set_default_dtype(dtype)
             torch.use_deterministic_algorithms(strict, warn_only=warn)
             random.setstate(python)
@@ -159,7 +167,8 @@ class Leak(NamedTuple):
 def leak(compute: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor) -> Leak:
     """Measure how far sequences that share rows move each other. No host sync.
 
-    `compute` maps tokens (b, n, …), run numbers (b, n), and where in x they come from (rows, columns) to outputs (b, n, …).
+    `compute` maps tokens (b, n, …), run numbers (b, n), and where in x they come from (rows, columns), to outputs
+    (b, n, …).
     """
     b, n = x.shape[:2]
     spans = runs(b, n)

@@ -25,6 +25,7 @@ from xtloss.packing.asking import OUTER, ask
 from xtloss.packing.experiment import (
     SHARDING,
     bare,
+    neutral,
     wrapped,
     written_in,
 )
@@ -55,7 +56,8 @@ def verdict(net: nn.Module, trust: bool = False) -> Verdict:
     state = parts(net)
     kept, judged = _verdicts.get(net, ([], None))
     if judged is None or len(kept) != len(state) or any(old() is not new for old, new in zip(kept, state)):  # noqa: B905
-        reason = f'a {type(net).__name__} instead of a TransformerWrapper' if inner is None else why_not(net, inner)
+        with neutral():
+            reason = f'a {type(net).__name__} instead of a TransformerWrapper' if inner is None else why_not(net, inner)
         judged = Verdict(reason, varlen, absolute)
         if all(has_values(part) for part in state if isinstance(part, Tensor)):
             _verdicts[net] = [hold(part) for part in state], judged
