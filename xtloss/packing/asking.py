@@ -54,7 +54,8 @@ def inputs(module: nn.Module, net: nn.Module, dtype: torch.dtype) -> Iterator[tu
     device = next((t.device for t in weights), next((t.device for t in net.parameters()), torch.device('cpu')))
     sizes = {size for t in weights for size in t.shape if size > 1}
     sizes |= {size for m in module.modules() for size in vars(m).values() if type(size) is int and 1 < size < 2**20}
-    n = min(max(inner.max_seq_len or 0, 128), 1024)
+    affordable = max(2**27 // max(sum(t.numel() for t in weights), 1), 256)
+    n = min(max(inner.max_seq_len or 0, 128), 1024, affordable)
     if isinstance(module, TransformerWrapper) or inner in module.modules():
         n, widths, v = min(n, 2**24 // inner.num_tokens), [], inner.num_tokens
     else:

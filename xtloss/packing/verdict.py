@@ -30,6 +30,7 @@ from xtloss.packing.experiment import (
     written_in,
 )
 
+AROUND = (*SHARDING, 'torch.nn.utils', 'torch.utils', 'torch.fx')  # whose hooks and subclasses move no token
 HOOK = ' with a hook'
 
 
@@ -68,18 +69,20 @@ def parts(module: nn.Module) -> list[Any]:
     """Return every object on which the verdict of a module depends: classes, forwards, attributes, weights, hooks."""
     found = [*every_module._global_forward_hooks.values(), *every_module._global_forward_pre_hooks.values()]
     for m in module.modules():
-        found += [type(m), type(m).forward]
-        found += [part for name, value in vars(m).items() if name not in SAME for part in spread(value)]
+        found += type(m), type(m).forward
+        for name, value in vars(m).items():
+            if name not in SAME:
+                spread(value, found)
     return found
 
 
-def spread(value: Any, depth: int = 4) -> Iterator[Any]:
-    """Yield what is inside a container, short ones only, which may change in place; anything else as it is."""
+def spread(value: Any, found: list[Any], depth: int = 4) -> None:
+    """Append what is inside a container, short ones only, which may change in place; anything else as it is."""
     if isinstance(value, dict | list | tuple) and len(value) < 1000 and depth:
         for part in value.values() if isinstance(value, dict) else value:
-            yield from spread(part, depth - 1)
+            spread(part, found, depth - 1)
     else:
-        yield ... if value is None else value  # a dead reference is None
+        found.append(... if value is None else value)  # a dead reference is None
 
 
 def hold(part: Any) -> Callable[[], Any]:
@@ -164,21 +167,21 @@ def what_is_foreign(module: nn.Module) -> str | None:
         return None
     hooks = [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
     hooks += [module._forward_hooks, module._forward_pre_hooks]
-    if not all(written_in(hook, (*SHARDING, 'torch.nn.utils', 'torch.utils')) for d in hooks for hook in d.values()):
+    if not all(written_in(hook, AROUND) for known in hooks for hook in known.values()):
         return HOOK
-    if 'forward' in vars(module) and wrapped(module) is None:
+    if wrapped(module) is not None:
+        return None
+    if 'forward' in vars(module):
         return ' with another forward'
     owner = owner_of(module)
     if owner is nn.Module or not written_in(vars(owner)['forward'], LIBRARIES):
         return ''
     for cls in type(module).__mro__[: type(module).__mro__.index(owner)]:
-        if any(hasattr(owner, name) for name in vars(cls) if not name.startswith('__') or name == '__call__'):
+        overrides = {name for name in vars(cls) if name == '__call__' or not name.startswith('__')} & set(dir(owner))
+        if overrides and not written_in(cls, AROUND):
             return ''
-    return (
-        ''
-        if len(getattr(module, 'normalized_shape', '1')) > 1 or any(map(is_special, module._parameters.values()))
-        else None
-    )
+    special = len(getattr(module, 'normalized_shape', ' ')) > 1 or any(map(is_special, module._parameters.values()))
+    return '' if special else None
 
 
 def is_special(p: Tensor | None) -> bool:
