@@ -290,6 +290,18 @@ def head(make: Callable[[nn.Module], nn.Module]) -> Callable[[Any], None]:
     return lambda net: setattr(net, 'to_logits', make(net.to_logits))
 
 
+def feedforwards(make: Callable[[nn.Module], nn.Module]) -> Callable[[Any], None]:
+    return lambda net: swap(net, lambda path, m: make(m) if isinstance(m, FeedForward) else None)
+
+
+def roll_first(module: nn.Module, args: Any, out: Any) -> Any:
+    return out[0].roll(1, 1), *out[1:]
+
+
+def roll_input(module: nn.Module, args: Any) -> Any:
+    return args[0].roll(1, 1), *args[1:]
+
+
 REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **{f'back {k}': ('to_logits Conv', head(partial(Conv, back=k))) for k in (1, 16, 40, 50, 100)},
     'a little': ('to_logits Conv', head(partial(Conv, back=1, scale=1e-2))),
@@ -302,19 +314,22 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     'in training': ('BatchNorm', head(lambda m: nn.Sequential(By(lambda x: x), Norm(), m))),
     'gate': ('to_logits Gated', head(Gated)),
     'dynamic int8': ('Dynamic', lambda net: linears(lambda m: Dynamic(m.in_features, m.out_features))(net)),
-    'capacity': ('Capacity', lambda net: swap(net, lambda p, m: Capacity(m, 12) if isinstance(m, FeedForward) else None)),
-    'around attention': (r'layers\.0\.1 Conv', lambda net: swap(net, lambda p, m: Conv(m, 1) if m is attention(net) else None)),
+    'capacity': ('Capacity', feedforwards(partial(Capacity, places=12))),
+    'around attention': (r'layers\.0\.1 Conv', lambda net: swap(net, lambda p, m: Conv(m, 1) if p.endswith('0.1') else None)),
     'recurrent': ('GRU', head(lambda m: nn.Sequential(First(), m))),
     'hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_hook(lambda m, a, o: o.roll(1, dims=1))),
     'decorated hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_hook(decorated)),
-    'pre-hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_pre_hook(lambda m, a: (a[0].roll(1, 1),))),
-    'hook of attention': ('hook', lambda net: attention(net).register_forward_hook(lambda m, a, o: (o[0].roll(1, 1), o[1]))),
-    'hook of layers': ('hook', lambda net: net.attn_layers.register_forward_hook(lambda m, a, o: (o[0].roll(1, 1), o[1]))),
-    'hook of all': ('hook', lambda net: net.register_forward_hook(lambda m, a, o: (o[0].roll(1, 1), o[1]))),
-    'pre-hook of all': ('hook', lambda net: net.register_forward_pre_hook(lambda m, a: (a[0].roll(1, 1),))),
+    'pre-hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_pre_hook(roll_input)),
+    'hook of attention': ('hook', lambda net: attention(net).register_forward_hook(roll_first)),
+    'hook of layers': ('hook', lambda net: net.attn_layers.register_forward_hook(roll_first)),
+    'hook of all': ('hook', lambda net: net.register_forward_hook(roll_first)),
+    'pre-hook of all': ('hook', lambda net: net.register_forward_pre_hook(roll_input)),
     'hook of scores': ('hook', lambda net: attention(net).attend.register_forward_hook(scores)),
     'mask dropped': ('hook', lambda net: attention(net).register_forward_pre_hook(without_mask, with_kwargs=True)),
-    'mask dropped for all': ('hook', lambda net: net.attn_layers.register_forward_pre_hook(without_mask, with_kwargs=True)),
+    'mask dropped for all': (
+        'hook',
+        lambda net: net.attn_layers.register_forward_pre_hook(without_mask, with_kwargs=True),
+    ),
     'forward': ('forward', mixing_forward),
 }  # fmt: skip
 
@@ -368,7 +383,7 @@ def test_global_hooks() -> None:
 
     with (
         nn.modules.module.register_module_forward_hook(mix),
-        pytest.raises(ValueError, match='segment_ids: .* with a hook is not known'),
+        pytest.raises(ValueError, match=r'segment_ids: .* with a hook is not known'),
     ):
         loss(net)
     assert loss(net) == want

@@ -1,4 +1,4 @@
-"""Parts of libraries around the network's own code: peft's adapters, FSDP's shards in two processes, quantized layers."""
+"""Parts of libraries around the network's own code: peft's adapters, FSDP's shards, quantized layers."""
 
 import warnings
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_dynamic_quantization() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         net = quantization.quantize_dynamic(network().eval(), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(ValueError, match='segment_ids: .* Linear is not known'):
+    with pytest.raises(ValueError, match=r'segment_ids: .* Linear is not known'):
         loss(net)
 
 
@@ -88,7 +88,7 @@ def sharded(rank: int, world: int, store: str) -> None:
                 found.backward()
             mixing = network()
             linears(Rolled)(mixing)
-            with pytest.raises(ValueError, match='segment_ids: .*Rolled is not known'):
+            with pytest.raises(ValueError, match=r'segment_ids: .*Rolled is not known'):
                 loss(shard(mixing))
     torch.distributed.destroy_process_group()
 

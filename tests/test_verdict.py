@@ -1,4 +1,4 @@
-"""A verdict is decided by the network alone: by no mode around it, by nothing that is gone, by nothing without values."""
+"""A verdict is decided by the network alone: by no mode around it, nothing gone, nothing without values."""
 
 import contextlib
 import gc
@@ -102,7 +102,6 @@ def test_the_first_call_of_a_process_may_be_transformed(transform: Callable[[Any
     for first in (net, lora, leaky):
         with contextlib.suppress(Exception):  # some transforms x-transformers does not take
             transform(first)
-    head(Conv)
     leaky.to_logits = Conv(leaky.to_logits, 1)
     assert loss(net).item() == pytest.approx(loss(lora.eval()).item(), rel=1e-5)
     assert loss(network()) == loss(net)
@@ -180,7 +179,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     'hook': lambda net: net.to_logits.register_forward_hook(lambda m, a, out: out.roll(1, 1)),
     'attribute': lambda net: setattr(net.attn_layers.layers[1][1].ff[0], 'change', lambda x: x.roll(1, 1)),
     'parameter': lambda net: setattr(net.to_logits, 'weight', nn.Parameter(Shifted(net.to_logits.weight.detach()))),
-    'forward': lambda net: setattr(net.to_logits, 'forward', lambda x: nn.functional.linear(x.roll(1, 1), net.to_logits.weight)),
+    'forward': lambda net: setattr(net.to_logits, 'forward', partial(Rolled.forward, net.to_logits)),
     'option': lambda net: setattr(attention(net).attend, 'selective', True),
     'list': lambda net: net.attn_layers.layers[1][1].ff[0].table.append(1),
 }  # fmt: skip
@@ -188,7 +187,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 class Rolled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.roll(1, 1))
+        return nn.Linear.forward(self, x.roll(1, 1))
 
 
 class Shifted(Tensor):
