@@ -315,7 +315,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     'gate': ('to_logits Gated', head(Gated)),
     'dynamic int8': ('Dynamic', lambda net: linears(lambda m: Dynamic(m.in_features, m.out_features))(net)),
     'capacity': ('Capacity', feedforwards(partial(Capacity, places=12))),
-    'around attention': (r'layers\.0\.1 Conv', lambda net: swap(net, lambda p, m: Conv(m, 1) if p.endswith('0.1') else None)),
+    'around attention': ('Conv', lambda net: net.attn_layers.layers[0].__setitem__(1, Conv(attention(net), 1))),
     'recurrent': ('GRU', head(lambda m: nn.Sequential(First(), m))),
     'hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_hook(lambda m, a, o: o.roll(1, dims=1))),
     'decorated hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_hook(decorated)),
