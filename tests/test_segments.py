@@ -299,10 +299,10 @@ def test_later_options_are_refused(monkeypatch: pytest.MonkeyPatch, request: pyt
 
 
 def test_other_networks_are_refused() -> None:
-    """Encoders, subclasses with a forward of their own, replaced forwards, and networks of other kinds."""
+    """Encoders, subclasses and replaced forwards that do not heed the mask, and networks of other kinds."""
 
     class Mine(Attention):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
     encoder = TransformerWrapper(
@@ -310,7 +310,8 @@ def test_other_networks_are_refused() -> None:
     )
     subclassed, replaced = build({}), build({})
     subclassed.attn_layers.layers[0][1].__class__ = Mine
-    replaced.attn_layers.forward = replaced.attn_layers.forward
+    forward = replaced.attn_layers.forward
+    replaced.attn_layers.forward = lambda x, attn_mask, **kwargs: forward(x, **kwargs)
     for net, name in {encoder: 'causal', subclassed: 'Mine', replaced: 'forward', nn.Linear(2, 2): 'Linear'}.items():
         with pytest.raises(ValueError, match=f'segment_ids: .*{name}'):
             segment_arguments(net, IDS, {})

@@ -1,11 +1,17 @@
-"""Which networks keep the sequences of a row apart, when they are handed what `segment_arguments` makes."""
+"""The networks of x-transformers that are proven to keep the sequences of a row apart, and what is not like them.
+
+The list is kept because it names what it refuses, costs no forward, and holds where weights are sharded or have no
+values; what it cannot know, because it is not x-transformers' own, is asked (`xtloss.packing.verdict`).
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +27,9 @@ from x_transformers.x_transformers import (
     TransformerWrapper,
 )
 
-from xtloss.tracing import constant
+from xtloss.packing.experiment import bare, neutral
+
+LIBRARIES = ('x_transformers', 'torch.nn.modules', 'einops', 'torch_einops_utils')  # what those networks are made of
 
 # options of x-transformers under which no sequence moves another: tests/test_segments.py proves each of these networks
 # fmt: off
@@ -86,64 +94,19 @@ APART: tuple[dict[str, Any], ...] = (
 # fmt: on
 
 
-class Verdict(NamedTuple):
-    """Whether a network keeps sequences apart, and by what."""
-
-    reason: str | None  # the option that is not known to, if there is one
-    varlen: bool  # by flash-attn's variable-length function, else by masks
-
-
-_verdicts: WeakKeyDictionary[nn.Module, tuple[int, Verdict]] = WeakKeyDictionary()
-
-
-@constant
-def verdict(net: nn.Module) -> Verdict:
-    """Judge a network, anew whenever an attribute of one of its modules has been set to something else."""
-    state = hash(tuple(id(value) for module in net.modules() for value in (type(module), *vars(module).values())))
-    if net not in _verdicts or _verdicts[net][0] != state:
-        varlen = any(uses_varlen(module) for module in net.modules() if isinstance(module, Attend))
-        _verdicts[net] = state, Verdict(why_not_option(net) or why_not_together(net), varlen)
-    return _verdicts[net][1]
-
-
-def uses_varlen(attend: Attend) -> bool:
-    """Whether it calls `flash_attn_varlen_func`."""
-    return bool(attend.flash and attend.flash_pack_seq)
-
-
-def why_not_option(net: nn.Module) -> str | None:
-    """Return the option of a network that is not known to keep sequences apart; None if there is none.
-
-    A whitelist: every trait of the network must be one of a network in `APART`, built here and now. So what a later
-    release of x-transformers adds is refused as soon as it is switched on, and so are modules that are not its own.
-    """
-    if not isinstance(net, TransformerWrapper):
-        return f'a {type(net).__name__} instead of a TransformerWrapper'
-
-    strange = traits(net)
-    for index in range(len(APART)):
-        strange = {trait: path for trait, path in strange.items() if trait not in traits_of_example(index)}
-        if not strange:
-            return None
-
-    for trait in strange:
-        if option := option_of(trait):
-            return option
-    trait, path = next(iter(strange.items()))
-    return ' '.join(filter(None, [path or 'the network', trait.owner.__qualname__, trait.attribute]))
-
-
-def why_not_together(net: Any) -> str | None:
+def why_not_together(net: Any, layers: Any) -> str | None:
     """Return which options of a network are apart each, but not together; None if there are none."""
-    layers, rotary = net.attn_layers, net.attn_layers.rotary_pos_emb
-    absolute = isinstance(net.pos_emb, AbsolutePositionalEmbedding)  # its positions go to every other encoding too
+    rotary, rel_pos = bare(layers.rotary_pos_emb), bare(layers.rel_pos)
+    absolute = isinstance(
+        bare(net.pos_emb), AbsolutePositionalEmbedding
+    )  # its positions go to every other encoding too
     attentions = [module for module in net.modules() if isinstance(module, Attention)]
     attends = [attention.attend for attention in attentions]
     across = [attention for attention in attentions if not attention.causal]  # their keys have no place in the row
     clashes = {
         'polar_pos_emb beside an absolute embedding': absolute and layers.polar_pos_emb is not None,
-        'rel_pos_bias beside an absolute embedding': absolute and isinstance(layers.rel_pos, RelativePositionBias),
-        'dynamic_pos_bias beside an absolute embedding': absolute and isinstance(layers.rel_pos, DynamicPositionBias),
+        'rel_pos_bias beside an absolute embedding': absolute and isinstance(rel_pos, RelativePositionBias),
+        'dynamic_pos_bias beside an absolute embedding': absolute and isinstance(rel_pos, DynamicPositionBias),
         'attn_use_cope beside rotary_pos_emb': rotary is not None and any(m.cope is not None for m in attends),
         'attn_l2_distance beside rotary_xpos': (
             rotary is not None and rotary.scale is not None and any(m.l2_distance for m in attends)
@@ -158,6 +121,11 @@ def why_not_together(net: Any) -> str | None:
     return next((options for options, clash in clashes.items() if clash), None)
 
 
+def uses_varlen(attend: Attend) -> bool:
+    """Whether it calls `flash_attn_varlen_func`."""
+    return bool(attend.flash and attend.flash_pack_seq)
+
+
 class Trait(NamedTuple):
     """What may set one network apart from another: the class of a module, or the value of one of its attributes."""
 
@@ -168,30 +136,66 @@ class Trait(NamedTuple):
 
 @cache
 def traits_of_example(index: int) -> frozenset[Trait]:
-    """Return the traits of a network in `APART`; none if this x-transformers, or this machine, cannot build it."""
+    """Return the traits of a network in `APART`; raises if this x-transformers, or this machine, cannot build it."""
     sizes = {'num_tokens': 8, 'max_seq_len': 8, 'dim': 16, 'depth': 2, 'heads': 2, 'attn_dim_head': 8}
     arguments: dict[str, Any] = sizes | {'verbose': False} | APART[index]
     of_wrapper = arguments.keys() & inspect.signature(TransformerWrapper).parameters
     wrapper = {name: arguments.pop(name) for name in of_wrapper}
-    try:
-        with torch.device('meta'):  # which draws no random numbers
-            return frozenset(traits(TransformerWrapper(attn_layers=Decoder(**arguments), **wrapper)))
-    except (AssertionError, ImportError, RuntimeError, TypeError):
-        return frozenset()
+    with neutral(), torch.device('meta'):  # which draws no random numbers
+        net = TransformerWrapper(attn_layers=Decoder(**arguments), **wrapper)
+    return frozenset(trait for module in net.modules() for trait in traits(module))
 
 
-def traits(net: nn.Module) -> dict[Trait, str]:
-    """Return the traits of a network, with the path of the first module that has each. Weights and sizes are none."""
-    found: dict[Trait, str] = {}
-    for path, module in net.named_modules():
-        owner = next(cls for cls in type(module).__mro__ if 'forward' in vars(cls))  # FSDP makes subclasses
-        children = {} if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) else module._modules
-        found.setdefault(Trait(owner), path)
-        for attribute, value in {**vars(module), **module._parameters, **children}.items():
-            if not attribute.startswith('_') and attribute != 'training':
-                for description in describe(value):
-                    found.setdefault(Trait(owner, attribute, description), path)
-    return found
+def strange(modules: list[nn.Module]) -> dict[Trait, nn.Module]:
+    """Return the traits of modules that none in `APART` has, but for attributes that no code reads."""
+    found = {trait: module for module in modules for trait in traits(module)}
+    known: set[tuple[type, str]] = set()
+    for index in range(len(APART)):
+        with suppress(AssertionError, ImportError, RuntimeError, TypeError):
+            example = traits_of_example(index)
+            known |= {trait[:2] for trait in example}
+            found = {trait: module for trait, module in found.items() if trait not in example}
+        if not found:
+            break
+    return {
+        trait: module
+        for trait, module in found.items()
+        if trait[:2] in known or trait.attribute in {'', *reads(trait.owner.__module__)}
+    }
+
+
+@cache
+def reads(module: str) -> frozenset[str]:
+    """Return the names of all attributes that the code of a Python module, or of x-transformers, reads."""
+    names: set[str] = set()
+    for code in {module, Attention.__module__, Attend.__module__}:
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[code]))):
+            names |= {node.attr} if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) else set()
+            names |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+    return frozenset(names)
+
+
+def owner_of(module: nn.Module) -> type:
+    """Return the library's class that a module is, the one with its forward: sharding and users make subclasses."""
+    return next(c for c in type(module).__mro__ if 'forward' in vars(c) and c.__module__.startswith(LIBRARIES))
+
+
+def is_upstream(module: nn.Module) -> bool:
+    """Whether it is one of x-transformers' modules, if only by its base."""
+    return owner_of(module).__module__.startswith('x_transformers')
+
+
+def traits(module: nn.Module) -> list[Trait]:
+    """Return the traits of a module. Weights and sizes are none."""
+    owner = owner_of(module)
+    children = {} if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) else module._modules
+    attributes = {**vars(module), **module._parameters, **children}
+    return [Trait(owner)] + [
+        Trait(owner, attribute, description)
+        for attribute, value in attributes.items()
+        if not attribute.startswith('_') and attribute not in ('training', 'forward')
+        for description in describe(value)
+    ]
 
 
 def describe(value: Any) -> list[str]:

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from x_transformers.x_transformers import AbsolutePositionalEmbedding
 
 from xtloss.checks import check_dtype
-from xtloss.packing.apart import verdict
+from xtloss.packing.runs import causal_mask, positions_in_run, run_numbers
+from xtloss.packing.verdict import Verdict, trusted, verdict
 
 # arguments of the network's forward that move no sequence: tests/test_segments.py proves each
 APART_ARGUMENTS = frozenset(
     'mask self_attn_kv_mask attn_mask context context_mask condition in_attn_cond embed_ids sum_embeds recycle_steps '
     'looped_steps max_looped_steps layers_execute_order repeat_blocks attn_z_loss_weight'.split()
 )
+ADDED = frozenset({'prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'})  # which these masks do not fit, ever
 
 
 def segment_arguments(
@@ -28,58 +29,45 @@ def segment_arguments(
     arguments: dict[str, Any],
     *,
     prepend_embeds: Tensor | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Return the arguments of the network's forward with which it computes each run of equal ids as if it were alone.
 
     `attn_mask` is joined with the causal mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each
     run, but only where the embedding is absolute: relative encodings need none. A network built with
     `attn_flash_pack_seq` is handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other.
+    With `trust` neither the network nor its own arguments are judged: that they heed the mask is the caller's promise.
 
     Raises:
         TypeError: `attn_mask` is not bool.
         ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
 
     """
-    varlen = check_segments(net, segment_ids, {**arguments, 'prepend_embeds': prepend_embeds})
-    net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
+    judged = check_segments(net, segment_ids, {**arguments, 'prepend_embeds': prepend_embeds}, trust=trust)
     run = run_numbers(segment_ids)  # (b, n)
-    if isinstance(net.pos_emb, AbsolutePositionalEmbedding):
+    if judged.absolute:
         arguments = {**arguments, 'pos': positions_in_run(run)}
-    if varlen:
+    if judged.varlen:
         return {**arguments, 'flash_pack_seq_kwargs': varlen_arguments(run)}
 
     # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
     # those that it overlooks it lets attend to everything
-    attn_mask = (run[:, :, None] == run[:, None, :]).tril()[:, None]  # (b, 1, n, n)
+    attn_mask = causal_mask(run)  # (b, 1, n, n)
     if arguments.get('attn_mask') is not None:
         attn_mask = attn_mask & arguments['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
     return {**arguments, 'attn_mask': attn_mask}
 
 
-def check_segments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False) -> bool:
-    """Raise what `segment_arguments` raises; return whether the network keeps them apart by variable lengths."""
+def check_segments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False) -> Verdict:
+    """Raise what `segment_arguments` raises; return what is known of the network."""
     given = {name: value for name, value in arguments.items() if value is not None}
     if 'attn_mask' in given:
         check_dtype('attn_mask', given['attn_mask'], 'bool')
-    net = getattr(net, '_orig_mod', net)  # what torch.compile wraps
-    reason, varlen = verdict(net)
-    reason = reason or why_not_arguments(list(given), len(segment_ids), varlen)
+    judged = trusted(net) if trust else verdict(net)
+    reason = judged.reason or why_not_arguments(list(given), len(segment_ids), judged.varlen, trust)
     if reason is not None:
         raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
-    return varlen
-
-
-def run_numbers(segment_ids: Tensor) -> Tensor:
-    """(b, n) integer -> (b, n) int64: which run of equal ids of its row each position lies in, from 0."""
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return F.pad(starts.cumsum(dim=-1), (1, 0))
-
-
-def positions_in_run(run: Tensor) -> Tensor:
-    """(b, n) run numbers -> (b, n) int64: how far each position is from the start of its run."""
-    position = torch.arange(run.shape[1], device=run.device).expand_as(run)
-    starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
-    return position - torch.where(starts, position, 0).cummax(dim=-1).values
+    return judged
 
 
 def varlen_arguments(run: Tensor) -> dict[str, Any]:
@@ -98,10 +86,10 @@ def varlen_arguments(run: Tensor) -> dict[str, Any]:
     return {'cu_seqlens_q': cu_seqlens, 'cu_seqlens_k': cu_seqlens, 'max_seqlen_q': n, 'max_seqlen_k': n}
 
 
-def why_not_arguments(names: list[str], rows: int, varlen: bool) -> str | None:
+def why_not_arguments(names: list[str], rows: int, varlen: bool, trust: bool) -> str | None:
     """Return which argument of the network's forward is not known to keep sequences apart; None if all are."""
     for name in names:
-        if name not in APART_ARGUMENTS and not name.startswith('return_'):
+        if name in ADDED if trust else name not in APART_ARGUMENTS and not name.startswith('return_'):
             return name
         if varlen and ('mask' in name or name == 'context'):
             return f'{name} beside attn_flash_pack_seq'

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xtloss.packing.apart import verdict
 from xtloss.packing.segments import segment_arguments
+from xtloss.packing.verdict import trusted
 from xtloss.weighting.targets import Outputs
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, position_arguments
 from xtloss.wrappers.inputs import join_keys, legal_ids, random_key_mask, real_positions
@@ -54,14 +54,14 @@ def network_rows(
     random_mask = random_key_mask(real, mask_prob) if mask_prob > 0 else None
 
     outputs = Outputs()
-    if unpad and (plan := plan_rows(x, given, one_row=verdict(net).varlen)) is not None:
+    if unpad and (plan := plan_rows(x, given, one_row=trusted(net).varlen)) is not None:
         ids, given, outputs = plan.take(ids, pad_value), plan.arguments(given), plan.outputs()
         random_mask = None if random_mask is None else plan.take(random_mask, True)
 
     n, mask = ids.shape[1], given.get('mask')
     arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
     if 'segment_ids' in given:
-        arguments = segment_arguments(net, given['segment_ids'], arguments)
+        arguments = segment_arguments(net, given['segment_ids'], arguments, trust=trust_segments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
     arguments.update(position_arguments(net, given.get('seq_start_pos'), n, prepended, arguments.get('pos')))
     start = given.get('seq_start_pos') if is_known(net) else None  # a network of somebody else's hides what is before
