@@ -171,7 +171,10 @@ def test_help_says_nothing_of_dims(capsys, main):
     assert 'n - ' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('options', 'step'), [('--steps 3', 2), ('--steps 1', 1), ('--steps 2 --generate-every 1', 1)])
+@pytest.mark.parametrize(
+    ('options', 'step'),
+    [('--steps 3', 2), ('--steps 3 --validate-every 1', 1), ('--steps 1', 1), ('--steps 2 --generate-every 1', 1)],
+)
 def test_a_loss_that_is_not_finite_is_one_line(capsys, options, step):
     line = refusal(capsys, train_enwik8.main, [*TINY, '--learning-rate', '1e18', *options.split()])
     assert line == f'train_enwik8.py: the loss is not finite at step {step}: --learning-rate may be too large'
