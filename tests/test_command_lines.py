@@ -146,6 +146,7 @@ def test_a_log_has_one_writer(folder, capsys):
         (train_copy.main, '--weightings', '--weightings wants at least one value'),
         (train_copy.main, '--heads 3', '--dim must be a multiple of --heads, got 64 and 3'),
         (five_layouts.main, '--sequences 7', '--sequences must be at least 8, got 7'),
+        (five_layouts.main, '--seed -1', '--seed must be at least 0, got -1'),
         (five_layouts.main, '--max-len 1', '--max-len must be at least 2, got 1'),
         (five_layouts.main, '--loss-weighting 1.5', 'loss_weighting must be in [0, 1]'),
         (bench_packing.main, '--rounds 0', '--rounds must be at least 1, got 0'),
