@@ -212,9 +212,9 @@ def draw(data: Data, path: Path) -> None:
     """Draw how each weighting divides the loss among the lengths: its bars sum to 100%."""
     groups = groups_of(data.targets)
     names = {'token': "'token', 'padded', 'sequence_sum'", 'square': "'square'", 'sequence': "'sequence'"}
-    figure = Figure(figsize=(max(6, 1.5 * len(groups) + 1), 4), layout='constrained')
+    figure = Figure(figsize=(max(6, 2 * len(groups) + 1), 4), layout='constrained')
     axes = figure.add_subplot()
-    width = 0.8 / len(names)
+    width = 0.84 / len(names)
     for index, (weighting, name) in enumerate(names.items()):
         loss = share_of_a_token(data, weighting) * data.targets  # (s,)
         heights = [loss[group.members].sum().item() for group in groups]

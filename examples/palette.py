@@ -13,7 +13,7 @@ WEIGHTINGS = {
     'sequence_sum': '#000000',
 }
 CYCLE = ('#56B4E9', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#0072B2', '#000000', '#999999')
-LONGEST_LABEL = 40  # characters
+LONGEST_LABEL = 30  # characters
 
 
 def label(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper
@@ -84,11 +85,19 @@ def test_answers_have_the_shares_of_the_wrapper(folder, max_len):
 def test_many_lengths_come_in_ranges_that_sum_to_all(folder, capsys):
     explain_weighting.main(['--lens', *map(str, range(1, 101)), '--name', 'many'])
     out = capsys.readouterr().out
-    assert all(len(line) <= 80 and '…' not in line for line in out.splitlines())
     ranges = [line.split()[:2] for line in out.split('Share of all sequences')[1].splitlines()[4:8]]
     assert ranges == [['1-3', '3'], ['4-15', '12'], ['16-63', '48'], ['64-100', '37']]
     for weighting, total in {'token': 1, 'square': 1, 'sequence': 1, 'padded': 0.505, 'sequence_sum': 50.5}.items():
         assert sum(row[f'{weighting} sequence'] for row in shares('many')) == pytest.approx(total)
+
+
+def test_tables_of_a_whole_text_fit_a_terminal(capsys):
+    data = explain_weighting.Data(torch.arange(1, 40_001) % 3500 + 1, row=3524, empty=31)
+    for made in explain_weighting.tables(data):
+        Console(width=80).print(made)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 20
+    assert all(len(line) <= 80 and '…' not in line for line in lines)
 
 
 @pytest.mark.parametrize(

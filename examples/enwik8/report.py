@@ -113,7 +113,8 @@ def draw_by_length(reports: dict[str, list[Row]], path: Path) -> None:
     axes.set_ylabel('bits per byte')
     axes.margins(y=0.12)
     axes.spines[['top', 'right']].set_visible(False)
-    figure.legend(frameon=False, ncols=min(3, len(reports)), loc='outside upper center')
+    columns = max(1, int(figure.get_figwidth() / 4))  # the longest label takes less than 4 inches
+    figure.legend(frameon=False, ncols=min(columns, len(reports)), loc='outside upper center')
     figure.savefig(path, dpi=144)
 
 
