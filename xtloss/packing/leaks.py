@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xtloss.packing.experiment import NoPlaceError, leak, neutral, outputs, stand_ins
 from xtloss.packing.segments import segment_arguments
-from xtloss.packing.verdict import verdict
+from xtloss.packing.verdict import trusted
 
 
 def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
@@ -37,7 +37,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
     """
     arguments = {name: each(plain, value) for name, value in network_kwargs.items() if value is not None}
     limit, v = getattr(net, 'max_seq_len', 0) or 256, getattr(net, 'num_tokens', 2)
-    varlen = verdict(net, trust=True).varlen
+    varlen = trusted(net).varlen
     b, n = size_of(arguments, 1 if varlen else 2, min(limit, 256))
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     draw = torch.Generator().manual_seed(0)

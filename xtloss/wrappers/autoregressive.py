@@ -155,7 +155,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         })  # fmt: skip
         result: Result = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
         wanted = (True, return_outputs, return_breakdown)
-        returned = tuple(value for value, is_wanted in zip(result, wanted, strict=True) if is_wanted)
+        returned: tuple[Any, ...] = tuple(value for value, asked in zip(result, wanted, strict=True) if asked)
         return returned if len(returned) > 1 else result.loss
 
     def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> Result:
