@@ -416,7 +416,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({'loss_mask': REAL[:, 1:]}, ValueError, r'loss_mask must have shape \(3, 8\) like x, got \(3, 7\)'),
     ({'loss_mask': REAL.float(), 'mask': REAL[0]}, TypeError, 'loss_mask must be bool, got float32'),
     ({'loss_weight': LENS}, TypeError, 'loss_weight must be floating point, got int64'),
-    ({'normalizer': 0.0}, ValueError, 'normalizer must be > 0 and finite, got 0.0'),
+    ({'normalizer': 0.0}, ValueError, 'normalizer must be > 0 and finite in float32, got 0.0'),
     ({'rollout_steps': 2.0}, TypeError, 'rollout_steps must be int, got float'),
     ({'rollout_steps': 0}, ValueError, 'rollout_steps must be >= 1, got 0'),
     ({'prepend_embeds': torch.zeros(B, 1, 16)}, ValueError, 'prepend_embeds cannot be given here: .*'),

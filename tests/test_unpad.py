@@ -186,7 +186,7 @@ def test_fewer_tokens_are_read() -> None:
     """The network reads as many positions as there are real ones, but for what rows cannot share."""
     net, read = decoder(num_tokens=VOCAB, max_seq_len=64, **ROTARY), []
     net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
-    wrapper = AutoregressiveWrapper(net, unpad=True)
+    wrapper = AutoregressiveWrapper(net, unpad=True, trust_segments=True)  # a hook on all layers cannot be asked
     lens = torch.tensor([30, 2, 3, 20, 1, 4, 0, 0])
     wrapper(torch.randint(0, VOCAB, (8, 64)), lens=lens)
     wrapper(torch.randint(0, VOCAB, (8, 64)), lens=lens.clamp(min=29))
@@ -198,7 +198,9 @@ def test_fewer_tokens_are_read() -> None:
 def test_nothing_happens_without_padding_told(call: dict[str, Tensor]) -> None:
     net, read = decoder(num_tokens=VOCAB, **ROTARY), []
     net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
-    one, other = (AutoregressiveWrapper(net, unpad=unpad)(ids(), **call) for unpad in (True, False))
+    one, other = (
+        AutoregressiveWrapper(net, unpad=unpad, trust_segments=True)(ids(), **call) for unpad in (True, False)
+    )
     assert one.item() == other.item()
     assert read == [(B, N)] * 2
 
@@ -243,7 +245,7 @@ def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
     params = dict(wrapper.named_parameters())
     grads = torch.func.grad(lambda p: torch.func.functional_call(wrapper, p, (ids(),), {'lens': ENDS}))(params)
     assert_same_gradients(grads, gradients(wrapper(ids(), lens=ENDS), wrapper), 1e-5, floor=1e-3)
-    meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True).to('meta')
+    meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, layers_depth=2), unpad=True).to('meta')
     assert meta(ids().to('meta'), lens=ENDS.to('meta')).shape == ()
 
 

@@ -404,7 +404,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({'mask': FLAGS[:, 1:]}, ValueError, r'mask must have shape \(4, 14\) like x, got \(4, 13\)'),
     ({'loss_mask': FLAGS.long()}, TypeError, 'loss_mask must be bool, got int64'),
     ({'loss_weight': torch.ones(3)}, ValueError, r'loss_weight must have shape \(4,\) or \(4, 14\) like x, got \(3,\)'),
-    ({'normalizer': -1.0}, ValueError, 'normalizer must be > 0 and finite, got -1.0'),
+    ({'normalizer': -1.0}, ValueError, 'normalizer must be > 0 and finite in float32, got -1.0'),
     ({'ttt_recurrent_steps': 1.0}, TypeError, 'ttt_recurrent_steps must be int, got float'),
     ({'ttt_recurrent_steps': 0}, ValueError, 'ttt_recurrent_steps must be >= 1, got 0'),
     ({'seq_start_pos': ROWS}, ValueError, 'seq_start_pos cannot be given here: .*'),

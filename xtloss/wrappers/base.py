@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import ARGUMENTS, check_batch, check_known, keywords, widened
+from xtloss.checks import ARGUMENTS, check_batch, check_known, is_flag, keywords, widened
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
@@ -45,9 +45,9 @@ class LossWrapper(nn.Module):
     def check_loss_options(self) -> None:
         """Raise TypeError or ValueError unless the options are legal."""
         _ = self.weighting
-        if not isinstance(self.fused, (bool, str)):
+        if not is_flag(self.fused) and not isinstance(self.fused, str):
             raise TypeError(f"fused must be bool or 'auto', got {type(self.fused).__name__}")
-        if self.fused not in (True, False, 'auto'):
+        if isinstance(self.fused, str) and self.fused != 'auto':
             raise ValueError(f"fused must be True, False or 'auto', got {self.fused!r}")
 
     @property
@@ -94,8 +94,8 @@ class LossWrapper(nn.Module):
     def _check_batch(self, x: Tensor, given: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
         """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
         self.check_loss_options()
-        given = {name: value for name, value in given.items() if value is not None}
         flags: dict[str, Any] = {name: given[name] for name in ('return_outputs', 'return_breakdown') if name in given}
+        given = {name: value for name, value in given.items() if value is not None}
         numbers: dict[str, Any] = {name: given[name] for name in ('normalizer', 'prepend_embeds') if name in given}
         counting = {name: value for name, value in given.items() if name in ARGUMENTS}
         width = getattr(self.net, 'emb_dim', None)
@@ -104,7 +104,7 @@ class LossWrapper(nn.Module):
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
         """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
-        return self.fused is not False and self._judge_fused(self._why_not_fused(given))
+        return bool(self.fused) and self._judge_fused(self._why_not_fused(given))
 
     def _fuses(self, given: dict[str, Any]) -> bool:
         """Whether head and loss are one in a call; ValueError where they must be and cannot."""
@@ -114,7 +114,7 @@ class LossWrapper(nn.Module):
         return fuses
 
     def _judge_fused(self, why_not: str | None) -> bool:
-        if why_not is not None and self.fused is True:
+        if why_not is not None and self.fused != 'auto':
             raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
         return why_not is None
 
