@@ -1,7 +1,7 @@
 """Bytes that head and loss move beside their matrix products, for each logit: counted, with no clock and no GPU.
 
-An operation reads each of its operands once and writes each of its results once. A kernel that torch compiles is counted
-by Inductor in the same way. Products are apart, and with them all that is as wide as the embeddings: what they read,
+An operation reads each of its operands once and writes each of its results once. A kernel that torch compiles is
+counted by Inductor in the same way. Products are apart, and with them all that is as wide as the embeddings: what they read,
 and the gradients that they are summed into.
 """
 
@@ -79,9 +79,7 @@ def counting(dim: int, *, force_accelerated: bool) -> Iterator[Traffic]:
         torch._dynamo.reset()
 
 
-def bytes_per_logit(
-    step: Callable[[], Tensor], *, logits: int, dim: int, force_accelerated: bool = False
-) -> float:
+def bytes_per_logit(step: Callable[[], Tensor], *, logits: int, dim: int, force_accelerated: bool = False) -> float:
     """Of a forward and backward pass."""
     with counting(dim, force_accelerated=force_accelerated) as traffic:
         loss = step()
