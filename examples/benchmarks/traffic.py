@@ -1,8 +1,8 @@
 """Bytes that head and loss move beside their matrix products, for each logit: counted, with no clock and no GPU.
 
 An operation reads each of its operands once and writes each of its results once. A kernel that torch compiles is
-counted by Inductor in the same way. Products are apart, and with them all that is as wide as the embeddings: what they read,
-and the gradients that they are summed into.
+counted by Inductor in the same way. Products are apart, and with them all that is as wide as the embeddings: what they
+read, and the gradients that they are summed into.
 """
 
 from __future__ import annotations
