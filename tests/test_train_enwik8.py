@@ -469,19 +469,21 @@ def test_a_step_is_the_same_in_one_micro_batch_or_four(monkeypatch):
     )
 
 
-def test_packed_rows_train_the_same():
+@pytest.mark.parametrize('layout', [['--layout', 'packed'], ['--unpad']])
+def test_packed_rows_train_the_same(layout):
     padded, _ = run('--data', 'builtin', '--equal-loss-weight-batch')
-    packed, _ = run('--data', 'builtin', '--equal-loss-weight-batch', '--layout', 'packed')
+    packed, _ = run('--data', 'builtin', '--equal-loss-weight-batch', *layout)
     for one, other in zip(padded, packed, strict=True):
         assert one.get('train_loss', 0.0) == pytest.approx(other.get('train_loss', 0.0), rel=1e-5)
 
 
-def test_packing_refuses_what_mixes_sequences_and_asks_for_a_flag_that_exists():
-    packed = ['--preset', 'base', '--layout', 'packed']
+@pytest.mark.parametrize('flag', ['--layout packed', '--unpad'])
+def test_packing_refuses_what_mixes_sequences_and_asks_for_a_flag_that_exists(flag):
+    packed = ['--preset', 'base', *flag.split()]
     with pytest.raises(UsageError) as refusal:
         resolve(tyro.cli(Config, args=packed), torch.device('cpu'))
-    advice = re.search(r'--layout packed goes with (.+?):', str(refusal.value))[1]
-    assert resolve(tyro.cli(Config, args=[*packed, *advice.split()]), torch.device('cpu')).layout == 'packed'
+    advice = re.search(rf'{flag} goes with (.+?):', str(refusal.value))[1]
+    assert not resolve(tyro.cli(Config, args=[*packed, *advice.split()]), torch.device('cpu')).orthog_values
 
 
 @pytest.mark.parametrize('batch', ['--batch-size 6 --grad-accum 2', '--batch-size 1 --layout packed'])

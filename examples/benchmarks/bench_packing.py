@@ -1,9 +1,10 @@
-"""Compare packed with padded training on real lines: tokens per second of a training step, and the loss.
+"""Compare packed and unpadded with padded training on real lines: tokens per second of a training step, and the loss.
 
     python examples/benchmarks/bench_packing.py --data PATH [--lines 32] [--vocab 256] [--threads 2]
 
-The same random batches of lines go through x-transformers' own wrapper on padded rows, xtloss on padded rows, and
-xtloss on packed rows: one network, forward and backward, interleaved. Tokens are real ones: bytes of lines.
+The same random batches of lines go through x-transformers' own wrapper on padded rows, xtloss on padded rows, xtloss on
+padded rows with unpad=True, and xtloss on packed rows: one network, forward and backward, interleaved. Tokens are real
+ones: bytes of lines.
 
 b - rows
 n - positions
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +36,8 @@ from command_line import UsageError, judge, one_line_errors
 from enwik8.config import PRESETS
 from enwik8.sequences import draw, split_text, to_batch
 from enwik8.text import find_text, read_text
+
+UPSTREAM, OURS = 'x-transformers', ('padded', 'unpad', 'packed')
 
 
 @dataclass(frozen=True)
@@ -66,51 +70,64 @@ def compare(config: Config) -> None:
     torch.manual_seed(config.seed)
     source = find_text(config.data)
     lines = split_text(read_text(source, None), 'lines', config.max_len, 1).train
+    net = network(config)
 
+    print(f'{source}, lines of {sum(map(len, lines)) / len(lines):.0f} bytes on average, vocabulary {config.vocab}')
+    print(f'{"":>6}{"real tokens per second":^52}{"/ x-transformers":^30}{"largest":>10}')
+    print(
+        f'{"lines":>6}{UPSTREAM:>16}' + ''.join(f'{name:>12}' for name in OURS) + ''.join(f'{n:>10}' for n in OURS),
+        end='',
+    )
+    print(f'{"Δ loss":>10}')
+    generator = torch.Generator().manual_seed(config.seed)
+    for count in config.lines:
+        speeds, difference = measure(net, lines, count, config, generator)
+        median = {name: statistics.median(speed) for name, speed in speeds.items()}
+        over = {
+            name: statistics.median(a / b for a, b in zip(speeds[name], speeds[UPSTREAM], strict=True)) for name in OURS
+        }
+        print(
+            f'{count:>6}{median[UPSTREAM]:>16,.0f}'
+            + ''.join(f'{median[name]:>12,.0f}' for name in OURS)
+            + ''.join(f'{over[name]:>9.2f}x' for name in OURS)
+            + f'{difference:>10.1e}'
+        )
+
+
+def network(config: Config) -> TransformerWrapper:
+    """Build the network of the tiny preset."""
     tiny = PRESETS['tiny']
     attn_layers = Decoder(
         dim=tiny['dim'], depth=tiny['depth'], heads=tiny['heads'], rotary_pos_emb=True, attn_flash=True, verbose=False
     )
     net = TransformerWrapper(num_tokens=config.vocab, max_seq_len=config.max_len, attn_layers=attn_layers)
-    net = net.to(config.device)
-    upstream, ours = Upstream(net), AutoregressiveWrapper(net)
+    return net.to(config.device)
 
-    print(f'{source}, lines of {sum(map(len, lines)) / len(lines):.0f} bytes on average, vocabulary {config.vocab}')
-    print(f'{"":>8}{"real tokens per second":^45}{"packed over":^26}{"largest":>12}')
-    print(
-        f'{"lines":>8}{"x-transformers":>17}{"xtloss padded":>15}{"packed":>13}'
-        f'{"x-transformers":>17}{"padded":>9}{"Δ loss":>12}'
-    )
-    generator = torch.Generator().manual_seed(config.seed)
-    for count in config.lines:
-        speeds: dict[str, list[float]] = {'x-transformers': [], 'padded': [], 'packed': []}
-        difference = 0.0
-        for round_ in tqdm(range(config.rounds + 1), desc=f'{count} lines', leave=False):
-            batch = draw(lines, count, generator)
-            padded = {name: t.to(config.device) for name, t in to_batch(batch).items()}
-            packed = {name: t.to(config.device) for name, t in to_batch(batch, 'packed', config.max_len).items()}
 
-            losses = []
-            for name, step in {
-                'x-transformers': lambda batch=padded: upstream(**batch),
-                'padded': lambda batch=padded: ours(**batch),
-                'packed': lambda batch=packed: ours(**batch),
-            }.items():
-                loss, seconds = timed(net, step)
-                losses.append(loss)
-                if round_ > 0:  # the first warms up
-                    speeds[name].append(sum(map(len, batch)) / seconds)
-            difference = max(difference, *(abs(loss - losses[0]) / losses[0] for loss in losses))
-
-        median = {name: statistics.median(speed) for name, speed in speeds.items()}
-        over = {
-            name: statistics.median(a / b for a, b in zip(speeds['packed'], speeds[name], strict=True))
-            for name in ('x-transformers', 'padded')
-        }
-        print(
-            f'{count:>8}{median["x-transformers"]:>17,.0f}{median["padded"]:>15,.0f}{median["packed"]:>13,.0f}'
-            f'{over["x-transformers"]:>16.2f}x{over["padded"]:>8.2f}x{difference:>12.1e}'
-        )
+def measure(
+    net: TransformerWrapper, lines: Sequence[bytes], count: int, config: Config, generator: torch.Generator
+) -> tuple[dict[str, list[float]], float]:
+    """Return the real tokens per second of each round by each peer, and the largest relative difference of losses."""
+    peers = {
+        UPSTREAM: Upstream(net),
+        'padded': AutoregressiveWrapper(net),
+        'unpad': AutoregressiveWrapper(net, unpad=True),
+        'packed': AutoregressiveWrapper(net),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in peers}
+    difference = 0.0
+    for round_ in tqdm(range(config.rounds + 1), desc=f'{count} lines', leave=False):
+        batch = draw(lines, count, generator)
+        padded = {name: t.to(config.device) for name, t in to_batch(batch).items()}
+        packed = {name: t.to(config.device) for name, t in to_batch(batch, 'packed', config.max_len).items()}
+        losses = []
+        for name, wrapper in peers.items():
+            loss, seconds = timed(net, partial(wrapper, **(packed if name == 'packed' else padded)))
+            losses.append(loss)
+            if round_ > 0:  # the first warms up
+                speeds[name].append(sum(map(len, batch)) / seconds)
+        difference = max(difference, *(abs(loss - losses[0]) / losses[0] for loss in losses))
+    return speeds, difference
 
 
 def timed(net: Module, step: Callable[[], Tensor]) -> tuple[float, float]:
