@@ -71,7 +71,10 @@ def build_model(config: Config) -> AutoregressiveWrapper:
     )
     try:
         return AutoregressiveWrapper(
-            net, equal_loss_weight_batch=config.equal_loss_weight_batch, loss_weighting=config.loss_weighting
+            net,
+            equal_loss_weight_batch=config.equal_loss_weight_batch,
+            loss_weighting=config.loss_weighting,
+            unpad=config.unpad,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

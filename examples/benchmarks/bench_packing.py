@@ -74,11 +74,8 @@ def compare(config: Config) -> None:
 
     print(f'{source}, lines of {sum(map(len, lines)) / len(lines):.0f} bytes on average, vocabulary {config.vocab}')
     print(f'{"":>6}{"real tokens per second":^52}{"/ x-transformers":^30}{"largest":>10}')
-    print(
-        f'{"lines":>6}{UPSTREAM:>16}' + ''.join(f'{name:>12}' for name in OURS) + ''.join(f'{n:>10}' for n in OURS),
-        end='',
-    )
-    print(f'{"Δ loss":>10}')
+    columns = ''.join(f'{name:>12}' for name in OURS) + ''.join(f'{name:>10}' for name in OURS)
+    print(f'{"lines":>6}{UPSTREAM:>16}{columns}{"Δ loss":>10}')
     generator = torch.Generator().manual_seed(config.seed)
     for count in config.lines:
         speeds, difference = measure(net, lines, count, config, generator)
