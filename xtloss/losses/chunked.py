@@ -5,8 +5,8 @@ Dims: N tokens, d width, v vocabulary, r rows of a chunk.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,60 +22,68 @@ class LossAndGrads(NamedTuple):
     bias: Tensor | None  # (v,)
 
 
-def loss_and_grads(*args: Any) -> LossAndGrads:
-    """`chunked_loss_and_grads`, in the dtypes it names, whatever autocast is on."""
-    device = args[0].device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return chunked_loss_and_grads(*args)
+class Problem(NamedTuple):
+    """What is asked for: Σ token_weight · nll, by products in `dtype`, `chunk_size` tokens at a time."""
+
+    embed: Tensor  # (N, d)
+    weight: Tensor  # (v, d)
+    bias: Tensor | None  # (v,)
+    target: Tensor  # (N,) int64
+    token_weight: Tensor  # (N,), float32 or wider
+    chunk_size: int
+    dtype: torch.dtype
+    needs_grad: list[bool]  # of embed, weight, bias
 
 
-def chunked_loss_and_grads(
-    embed: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    token_weight: Tensor,
-    chunk_size: int,
-    dtype: torch.dtype,
-    needs_grad: list[bool],
-) -> LossAndGrads:
-    """Compute the loss and the gradients that are asked for, in float32 or wider; the products run in `dtype`.
-
-    With E = exp(z - m), 0 at the target, and s its row sum, a row's gradient is c · (E - s · onehot(target)) where
-    c = token_weight · sigmoid(D) / s. In full precision c scales what the products take and give, not the logits.
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that gradient products run in.
 
     float16 keeps no gradient below 6e-8 and none above 65504, and the scale that a gradient scaler will apply is not
     known here: its gradient products run in float32.
     """
-    (n, d), v = embed.shape, weight.shape[0]
-    wide = loss_dtype(dtype)
-    grad_dtype = wide if dtype == torch.float16 else dtype
-    needs_embed, needs_weight, needs_bias = needs_grad
+    return torch.float32 if dtype == torch.float16 else dtype
 
-    head = weight.to(dtype)
-    head_for_grad = weight.to(grad_dtype) if needs_embed else head
-    token_loss = torch.empty(n, dtype=wide, device=embed.device)
-    grad_embed = torch.empty(n, d, dtype=wide, device=embed.device) if needs_embed else None
-    grad_weight = torch.zeros(v, d, dtype=wide, device=embed.device) if needs_weight else None
-    grad_bias = torch.zeros(v, dtype=wide, device=embed.device) if needs_bias else None
 
-    buffer = chunk_buffer(min(chunk_size, n), v, wide, embed.device, blas=dtype == wide)
-    for rows in row_chunks(n, chunk_size):
-        x, ids = embed[rows], target[rows]  # (r, d), (r,)
+def new_gradients(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Room for token losses and the gradients that are asked for, float32 or wider; zeros where they are summed."""
+    wide = loss_dtype(p.dtype)
+    makers: tuple[Callable[..., Tensor], ...] = torch.empty, torch.zeros, torch.zeros
+    embed, weight, bias = (
+        make(t.shape, dtype=wide, device=t.device) if needed and t is not None else None
+        for t, needed, make in zip(p[:3], p.needs_grad, makers, strict=True)
+    )
+    return torch.empty(len(p.embed), dtype=wide, device=p.embed.device), embed, weight, bias
+
+
+def chunked_loss_and_grads(p: Problem) -> LossAndGrads:
+    """Compute the loss and the gradients that are asked for, in float32 or wider; the products run in `dtype`.
+
+    With E = exp(z - m), 0 at the target, and s its row sum, a row's gradient is c · (E - s · onehot(target)) where
+    c = token_weight · sigmoid(D) / s. In full precision c scales what the products take and give, not the logits.
+    """
+    n, v = len(p.embed), len(p.weight)
+    wide, grad_dtype = loss_dtype(p.dtype), gradient_dtype(p.dtype)
+    head = p.weight.to(p.dtype)
+    head_for_grad = p.weight.to(grad_dtype) if p.needs_grad[0] else head
+    token_loss, grad_embed, grad_weight, grad_bias = new_gradients(p)
+
+    buffer = chunk_buffer(min(p.chunk_size, n), v, wide, p.embed.device, blas=p.dtype == wide)
+    for rows in row_chunks(n, p.chunk_size):
+        x, ids = p.embed[rows], p.target[rows]  # (r, d), (r,)
         z = buffer[: len(ids)]  # (r, v)
-        if dtype == wide:
-            torch.mm(x.to(dtype), head.t(), out=z)
+        if p.dtype == wide:
+            torch.mm(x.to(p.dtype), head.t(), out=z)
         else:
-            z.copy_(x.to(dtype) @ head.t())
-        if bias is not None:
-            z += bias
+            z.copy_(x.to(p.dtype) @ head.t())
+        if p.bias is not None:
+            z += p.bias
 
         margin, _, s = exp_others_(z, ids)
         token_loss[rows] = softplus(margin).squeeze(1)
-        if not any(needs_grad):
+        if not any(p.needs_grad):
             continue
 
-        c = token_weight[rows, None] * margin.sigmoid() / s.clamp(min=1)  # (r, 1)
+        c = p.token_weight[rows, None] * margin.sigmoid() / s.clamp(min=1)  # (r, 1)
         z.scatter_(1, ids[:, None], -s)
 
         if grad_bias is not None:
@@ -92,7 +100,7 @@ def chunked_loss_and_grads(
             if grad_weight is not None:
                 grad_weight += g.t() @ x.to(grad_dtype)
 
-    return LossAndGrads((token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
+    return LossAndGrads((p.token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
 
 
 def chunk_buffer(rows: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:

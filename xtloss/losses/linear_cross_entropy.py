@@ -5,6 +5,7 @@ Dims: N tokens, d width, v vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from xtloss.checks import check_dtype
-from xtloss.losses.chunked import loss_and_grads
+from xtloss.losses import accelerated
+from xtloss.losses.chunked import LossAndGrads, Problem, chunked_loss_and_grads, gradient_dtype
 from xtloss.losses.cross_entropy import CHUNK_BYTES, loss_dtype
 from xtloss.losses.transforms import is_transformed
 
@@ -54,7 +56,7 @@ def linear_cross_entropy(
             raises where it meets another target, and a GPU stops with a device-side assertion.
         token_weight: (N,), floating point, any sign; its gradient is nll.
         bias: (vocab,), floating point.
-        chunk_size: tokens a chunk; by default as many as keep its logits within 64 MiB, and 384 at least.
+        chunk_size: tokens a chunk; by default its logits take 64 MiB at most, or as much as the gradient of ``weight``.
 
     Returns:
         loss: 0-dim, Σ token_weight · nll, in nats; float32, or float64 where embed or weight is.
@@ -75,7 +77,9 @@ def linear_cross_entropy(
 
     dtype = products_dtype(embed, weight)
     if chunk_size is None:
-        chunk_size = default_chunk_size(embed.shape[0], weight.shape[0], loss_dtype(dtype))
+        is_accelerated = accelerated.is_accelerated(embed.device)
+        kept = gradient_dtype(dtype) if is_accelerated else loss_dtype(dtype)  # what a chunk's logits are kept in
+        chunk_size = default_chunk_size(embed.shape[0], weight, kept, is_accelerated=is_accelerated)
 
     inputs = embed, weight, bias
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
@@ -92,16 +96,31 @@ def linear_cross_entropy(
 def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's where it is on, which leaves float64 alone; else the wider of the two."""
     device, dtype = embed.device.type, torch.promote_types(embed.dtype, weight.dtype)
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta has none
     return torch.get_autocast_dtype(device) if autocast and dtype != torch.float64 else dtype
 
 
-def default_chunk_size(n: int, v: int, dtype: torch.dtype) -> int:
-    """Tokens a chunk: as many as keep its logits within `CHUNK_BYTES`, 384 at least; chunks alike, in whole blocks."""
+def default_chunk_size(n: int, weight: Tensor, dtype: torch.dtype, *, is_accelerated: bool) -> int:
+    """Tokens a chunk, for n tokens whose logits are kept in `dtype`; chunks alike, in whole blocks.
+
+    A chunk's logits take at most `CHUNK_BYTES`, or what the gradient of the weight takes where that is more: as many
+    as that on an accelerator, on a CPU 384 rows.
+    """
     block = 64  # of rows, for the tiles that products are made of
-    most = max(384, CHUNK_BYTES // (v * dtype.itemsize) // block * block)
-    chunks = max(1, -(-n // most))
+    row, gradient = weight.shape[0] * dtype.itemsize, weight.numel() * weight.dtype.itemsize
+    most = max(CHUNK_BYTES // row, gradient // row if is_accelerated else min(384, gradient // row), 1)
+    if most < block:
+        return most
+    chunks = max(1, -(-n // (most // block * block)))
     return max(1, -(-n // (chunks * block))) * block
+
+
+def loss_and_grads(*args: Any) -> LossAndGrads:
+    """Solve a `Problem`, in the dtypes it names, whatever autocast is on."""
+    p = Problem(*args)
+    device = p.embed.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return accelerated.loss_and_grads_or_none(p) or chunked_loss_and_grads(p)
 
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
