@@ -103,5 +103,5 @@ def table(peers: Mapping[str, tuple[Callable[[torch.dtype], Tensor | None], bool
         counts = [
             bytes_per_logit(partial(peer, dtype), logits=logits, dim=dim, force_accelerated=forced) for dtype in dtypes
         ]
-        lines.append(f'| {name} | {" | ".join(f"{count:.1f}" if count else "-" for count in counts)} |')
+        lines.append(f'| {name} | {" | ".join(f"{count:.1f}" if count > 0.05 else "-" for count in counts)} |')
     return '\n'.join(lines)
