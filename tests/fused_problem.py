@@ -1,6 +1,8 @@
 """The arguments of `linear_cross_entropy`, what it is to give of them, and a count of the operations it takes."""
 
+import functools
 import math
+import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -108,3 +110,17 @@ class Operations(TorchDispatchMode):
         """Matrix products with the head, or with something as wide as it."""
         names = {'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'baddbmm_', 'linear', 'matmul', '_addmm_activation'}
         return sum(count for (name, _), count in self.seen.items() if name in names)
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether torch.compile makes kernels for the CPU here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of torch's own
+        try:
+            torch.compile(lambda t: t.exp(), dynamic=True)(torch.zeros(3))
+        except Exception:
+            return False
+        finally:
+            torch._dynamo.reset()
+    return True

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fused_problem import has_compiler
+
+from xtloss.losses import accelerated
 
 EXAMPLES = Path(__file__).parent.parent / 'examples' / 'benchmarks'
 TINY: dict[str, Any] = {'tokens': 64, 'dim': 32, 'vocab': 100, 'depth': 1, 'rounds': 1, 'seconds': 0.0, 'threads': 1}
@@ -29,7 +32,11 @@ def test_peers_agree(bench: ModuleType) -> None:
 
     for uncounted in (0.0, 0.75):
         p = bench_peers.problem(bench.Shape(64, 32, 100, uncounted))
-        peers = {name: peer for name, peer in bench.HEADS.items() if name not in (bench.PRODUCTS, bench.UPSTREAM)}
+        peers = {
+            name: peer
+            for name, peer in bench.HEADS.items()
+            if name not in (bench.PRODUCTS, bench.BY_COLUMNS, bench.UPSTREAM)
+        }
         assert len(peers) >= 3
         found = [(loss := peer(p), *torch.autograd.grad(loss, [p.embed, p.head])) for peer in peers.values()]
         for other in found[1:]:
@@ -62,13 +69,67 @@ def test_suite(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bench, 'measure_memory', lambda runs, threads: {run: 10**6 + run[1].tokens for run in runs})
     comparisons, rows = bench.suite(bench.Config(**TINY), bench.SuiteShapes(*small))
     assert len(comparisons) == 2
-    heads = [1.1, 0.5] + ([0.75, None] if bench.CHUNKED[0] in bench.HEADS else [])
+    heads = [1.1, 1.12, 0.5] + ([0.75, None] if bench.CHUNKED[0] in bench.HEADS else [])
     assert [row.at_most for row in rows] == heads + heads + [0.1, 0.16, 0.3, 0.5, 0.3, 1.03, 2.1, 1.1]
     assert all(row.measured is not None and row.measured > 0 for row in rows)
     table = bench.suite_table(rows)
     assert table.count('\n') == len(rows) + 1
     assert '| over |' in table
     bench.draw(comparisons, tmp_path / 'runs' / 'bench_loss.png')
+
+
+def test_traffic(bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table with every peer; F.cross_entropy reads and writes what its operations are known to."""
+    if not has_compiler():
+        peers = {name: peer for name, peer in bench.HEADS.items() if name != bench.OURS}
+        monkeypatch.setattr(bench, 'HEADS', peers | {bench.OURS: lambda p: None})
+    assert bench.main(bench.Config(**TINY | {'vocab': 4096, 'tokens': 512}, traffic=True)) == 0
+    rows = dict(line.strip('| ').split(' | ', 1) for line in capsys.readouterr().out.splitlines() if ' | ' in line)
+    assert rows['F.cross_entropy, flat'] == '32.0 | 16.0'
+    assert rows.keys() >= bench.HEADS.keys() - {bench.PRODUCTS, bench.BY_COLUMNS} | {
+        f'{bench.OURS}, as on an accelerator'
+    }
+
+
+@pytest.mark.skipif(not has_compiler(), reason='no compiler')
+def test_the_accelerated_path_moves_few_bytes(bench: ModuleType) -> None:
+    """One read for maximum and sum, one read and one write for the gradient: 6 in bfloat16. No scatter, no chain."""
+    import bench_peers
+    import traffic
+
+    p = bench_peers.problem(bench.Shape(512, 48, 4096, dtype=torch.bfloat16))
+    for peer, forced, low, high in ((bench.OURS, True, 5.5, 8.0), (bench.OURS, False, 30.0, 80.0)):
+        count = traffic.bytes_per_logit(
+            lambda peer=peer: bench.HEADS[peer](p), logits=512 * 4096, dim=48, force_accelerated=forced
+        )
+        assert low <= count <= high
+
+
+@pytest.mark.filterwarnings('ignore')  # torch's own, of its compiler
+@pytest.mark.skipif(not has_compiler(), reason='no compiler')
+def test_loads_and_stores_of_the_generated_code(bench: ModuleType) -> None:
+    """Inductor counts a buffer once, however often a kernel reads it: the code itself has three loads and a store.
+
+    A loop for the maximum, a loop for the sum, and the gradient's; 8 bytes in bfloat16 where no cache helps.
+    """
+    import re
+
+    from torch._inductor.utils import run_and_get_code
+
+    r, v = 32, 512
+    z, target, weight = torch.randn(r, v).bfloat16(), torch.randint(0, v, (r,)), torch.rand(r)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
+        terms = torch.compile(accelerated.row_terms, dynamic=True)
+        (_, m, scale, slope), first = run_and_get_code(terms, z, None, target, weight)
+        gradient = torch.compile(accelerated.write_gradient, dynamic=True)
+        _, second = run_and_get_code(gradient, z, None, target, m, scale, slope, z)
+    torch._dynamo.reset()
+    whole = r'(loadu|store)\(\w+ \+ static_cast<int64_t>\(x1 \+ ks\d+\*x0\), static_cast<int64_t>\(\d+\)\)'  # no tails
+    found = [re.findall(whole, '\n'.join(code)) for code in (first, second)]
+    if not any(found):
+        pytest.skip('code of another kind')
+    assert found == [['loadu', 'loadu'], ['loadu', 'store']]
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='peak memory is measured on Linux only')

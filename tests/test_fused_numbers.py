@@ -13,6 +13,7 @@ from networks import Stub, assert_same_gradients, decoder, gradients
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
+from xtloss.losses import accelerated
 from xtloss.losses.cross_entropy import composite_cross_entropy, cross_entropy, softplus
 
 MARGINS = (-700.0, -80.0, -21.0, -1.0, -0.0, 0.0, 1e-3, 1.0, 19.0, 20.5, 21.0, 30.0, 80.0, 700.0)
@@ -46,7 +47,7 @@ def test_softplus_of_what_is_no_number() -> None:
 
 
 @pytest.mark.parametrize('margin', [20.5, 25.0, 40.0, -25.0])
-@pytest.mark.parametrize('path', ['fused', 'not fused', 'composite', 'compiled'])
+@pytest.mark.parametrize('path', ['fused', 'accelerated', 'not fused', 'composite', 'compiled'])
 def test_losses_at_margins_beyond_20(path: str, margin: float) -> None:
     logits = torch.tensor([[0.0, margin]], dtype=torch.float64, requires_grad=True)
     nll, first, second, _ = derivatives(margin)
@@ -70,6 +71,13 @@ def fused(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return token_loss, torch.autograd.grad(loss, bias)[0][None]
 
 
+def on_an_accelerator(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerated, 'is_accelerated', lambda device: True)
+        patch.setattr(accelerated, 'kernel', lambda function: function)
+        return fused(logits, target)
+
+
 def through(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     def solve(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         nll = function(logits, target, ONE)
@@ -80,6 +88,7 @@ def through(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], tuple
 
 LOSSES = {
     'fused': fused,
+    'accelerated': on_an_accelerator,
     'not fused': through(cross_entropy),
     'composite': through(composite_cross_entropy),
     'compiled': through(torch.compile(cross_entropy, backend='aot_eager', fullgraph=True)),

@@ -3,6 +3,7 @@
     python examples/benchmarks/bench_loss.py            # one shape
     python examples/benchmarks/bench_loss.py --vocab 50257 --dim 768 --tokens 2048 --uncounted 0.5
     python examples/benchmarks/bench_loss.py --suite    # the table of the gallery, about 7 minutes
+    python examples/benchmarks/bench_loss.py --traffic  # bytes, not seconds: what a GPU's time is made of
 
 Forward and backward, interleaved in rounds, warmed up. Times are medians; ratios are medians of the ratio within a
 round. Peak memory is that of one pass in a process of its own, beyond what the inputs take.
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import traffic
 import tyro
 from bench_peers import (
+    BY_COLUMNS,
     CHUNKED,
     HEADS,
     OURS,
@@ -27,13 +31,16 @@ from bench_peers import (
     STEP_OURS,
     STEP_UPSTREAM,
     UPSTREAM,
+    Problem,
     Run,
     Shape,
     Times,
     measure_memory,
     measure_times,
+    problem,
 )  # fmt: skip
 from matplotlib.figure import Figure
+from torch import Tensor
 
 MIB = 2**20
 
@@ -56,6 +63,8 @@ class Config:
 
     suite: bool = False
     """Measure the shapes of the README's table, not the one above."""
+    traffic: bool = False
+    """Count the bytes that each peer moves for a logit, in float32 and bfloat16, and measure nothing."""
     rounds: int = 3
     """Rounds of each comparison, at the least."""
     seconds: float = 30.0
@@ -174,7 +183,7 @@ def suite_shapes(like: Shape) -> SuiteShapes:
 
 def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
     """Measure everything the README's table has."""
-    some = tuple(peer for peer in (PRODUCTS, UPSTREAM, *CHUNKED, OURS) if peer in HEADS)
+    some = tuple(peer for peer in (PRODUCTS, BY_COLUMNS, UPSTREAM, *CHUNKED, OURS) if peer in HEADS)
     memory = measured_memory(
         config, [(peer, s.a) for peer in HEADS] + [(OURS, s.twice)] + [(peer, s.b) for peer in some]
     )
@@ -186,7 +195,7 @@ def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
 
     rows = []
     for times, shape in ((at_a, s.a), (at_b, s.b)):
-        others = {PRODUCTS: 1.10, UPSTREAM: 0.50, CHUNKED[0]: 0.75, CHUNKED[1]: None}
+        others = {PRODUCTS: 1.10, BY_COLUMNS: 1.12, UPSTREAM: 0.50, CHUNKED[0]: 0.75, CHUNKED[1]: None}
         rows += [
             Row(f'head + loss / {peer}, {shape}', at_most, times.ratio((OURS, shape), (peer, shape)))
             for peer, at_most in others.items()
@@ -221,6 +230,18 @@ def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
         ),
     ]
     return [Comparison(s.a, at_a, memory, tuple(HEADS)), Comparison(s.b, at_b, memory, some)], rows
+
+
+def traffic_table(shape: Shape) -> str:
+    """Return the bytes that every peer moves, and both paths of xtloss; what runs inside one operation is not seen."""
+
+    def in_dtype(peer: Callable[[Problem], Tensor | None]) -> Callable[[torch.dtype], Tensor | None]:
+        return lambda dtype: peer(problem(shape._replace(dtype=dtype)))
+
+    peers = {name: (in_dtype(peer), False) for name, peer in HEADS.items() if name not in (PRODUCTS, BY_COLUMNS)}
+    if shape.device == 'cpu':
+        peers |= {f'{OURS}, as on an accelerator': (in_dtype(HEADS[OURS]), True)}
+    return traffic.table(peers, logits=round(shape.tokens * (1 - shape.uncounted)) * shape.vocab, dim=shape.dim)
 
 
 def gradient_bytes(shape: Shape) -> int:
@@ -267,6 +288,9 @@ def main(config: Config) -> int:
         device=config.device,
         dtype=getattr(torch, config.dtype),
     )
+    if config.traffic:
+        print(traffic_table(shape))
+        return 0
     comparisons, rows = suite(config, suite_shapes(shape)) if config.suite else one_shape(config, shape)
 
     where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} threads'

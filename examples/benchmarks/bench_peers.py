@@ -76,6 +76,18 @@ def products(p: Problem) -> None:
         _ = logits @ p.head, logits.t() @ p.embed  # (N, d), (V, d)
 
 
+def products_by_columns(p: Problem) -> None:
+    """Compute the same for chunks of 512 tokens whose logits lie by columns: the fastest layout known on a CPU."""
+    with torch.no_grad():
+        store = torch.empty(p.head.shape[0], 512, dtype=p.head.dtype, device=p.head.device).t()  # (r, V)
+        d_head = torch.zeros_like(p.head)
+        d_embed = torch.empty_like(p.embed)
+        for x, d_x in zip(p.embed.split(512), d_embed.split(512), strict=True):
+            z = torch.mm(x, p.head.t(), out=store[: len(x)])
+            torch.mm(z, p.head, out=d_x)
+            torch.addmm(d_head, z.t(), x, out=d_head)
+
+
 class Head(nn.Module):
     """A network that is nothing but its head: what it embeds is given, whatever it reads."""
 
@@ -165,11 +177,12 @@ def whole_step(wrapper: type[nn.Module], shape: Shape) -> Callable[[], Tensor]:
 
 # the peers by name
 
-PRODUCTS, UPSTREAM, OURS = 'three matrix products', 'x-transformers', 'xtloss'
+PRODUCTS, BY_COLUMNS, UPSTREAM, OURS = 'three matrix products', 'three products by columns', 'x-transformers', 'xtloss'
 STEP_UPSTREAM, STEP_OURS = 'x-transformers, whole step', 'xtloss, whole step'
 CHUNKED = ('F.linear_cross_entropy, its own chunks', 'F.linear_cross_entropy, chunks of 512')
 HEADS: dict[str, Callable[[Problem], Tensor | None]] = {
     PRODUCTS: products,
+    BY_COLUMNS: products_by_columns,
     UPSTREAM: upstream,
     'F.cross_entropy, (b, vocab, n)': cross_entropy_bvn,
     'F.cross_entropy, flat': cross_entropy_flat,

@@ -1,29 +1,30 @@
 """Bytes that head and loss move beside their matrix products, for each logit: counted, with no clock and no GPU.
 
-An operation reads each of its operands once and writes each of its results once. A kernel that torch compiles is
-counted by Inductor in the same way. Products are apart, and with them all that is as wide as the embeddings: what they
-read, and the gradients that they are summed into.
+An operation reads each of its operands once and writes each of its results once, and so does a compiled kernel, as
+Inductor counts it. Products are apart, and with them all that is as wide as the embeddings: what they read, and the
+gradients that they are summed into.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor import metrics
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xtloss.losses import accelerated
 
 PRODUCTS = {'mm', 'addmm', 'bmm', 'baddbmm', 'addmv_', 'mv'}
 NOTHING = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'detach', 'set_'}
-FAILED = -1.0
 
 
 class Traffic(TorchDispatchMode):
@@ -48,8 +49,11 @@ class Traffic(TorchDispatchMode):
     def kernel(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a kernel of xtloss, and count it."""
         before = metrics.num_bytes_accessed
-        with _disable_current_modes():
+        self.__exit__(None, None, None)  # nothing is compiled under a mode
+        try:
             out = accelerated.kernel(function)(*args)
+        finally:
+            self.__enter__()
         if metrics.num_bytes_accessed > before:  # it was compiled
             self.per_logit[function] = (metrics.num_bytes_accessed - before) / args[0].numel()
         self.bytes += self.per_logit[function] * args[0].numel()
@@ -70,7 +74,8 @@ def counting(dim: int, *, force_accelerated: bool) -> Iterator[Traffic]:
         accelerated.compiled = traffic.kernel
         if force_accelerated:
             accelerated.is_accelerated = lambda device: True
-        with inductor_config.patch(force_disable_caches=True), traffic:
+        with warnings.catch_warnings(), inductor_config.patch(force_disable_caches=True), traffic:
+            warnings.simplefilter('ignore')  # that caches are off
             yield traffic
     finally:
         accelerated.compiled, accelerated.is_accelerated, level, log.propagate = kept
@@ -79,10 +84,24 @@ def counting(dim: int, *, force_accelerated: bool) -> Iterator[Traffic]:
         torch._dynamo.reset()
 
 
-def bytes_per_logit(step: Callable[[], Tensor], *, logits: int, dim: int, force_accelerated: bool = False) -> float:
+def bytes_per_logit(
+    step: Callable[[], Tensor | None], *, logits: int, dim: int, force_accelerated: bool = False
+) -> float:
     """Of a forward and backward pass."""
     with counting(dim, force_accelerated=force_accelerated) as traffic:
         loss = step()
         if loss is not None:
             loss.backward()
     return traffic.bytes / logits
+
+
+def table(peers: Mapping[str, tuple[Callable[[torch.dtype], Tensor | None], bool]], *, logits: int, dim: int) -> str:
+    """Return every peer, and whether the accelerators' path is forced, as a markdown table; - where nothing is seen."""
+    dtypes = torch.float32, torch.bfloat16
+    lines = ['| bytes per logit, matrix products apart | float32 | bfloat16 |', '|---|---:|---:|']
+    for name, (peer, forced) in peers.items():
+        counts = [
+            bytes_per_logit(partial(peer, dtype), logits=logits, dim=dim, force_accelerated=forced) for dtype in dtypes
+        ]
+        lines.append(f'| {name} | {" | ".join(f"{count:.1f}" if count > 0.05 else "-" for count in counts)} |')
+    return '\n'.join(lines)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xtloss.losses.chunked import LossAndGrads, Problem, gradient_dtype, new_gradients
-from xtloss.losses.cross_entropy import loss_dtype, row_chunks, softplus
+from xtloss.losses.cross_entropy import row_chunks, softplus
 from xtloss.losses.transforms import has_values
 
 without_compiler: set[str] = set()  # types of devices
@@ -41,6 +41,7 @@ def loss_and_grads_or_none(p: Problem) -> LossAndGrads | None:
         warnings.warn(
             f'no compiler for {device}: the elementwise work of head and loss runs as a chain of operations, which '
             f'is right, and slower ({error.__cause__!r:.200})',
+            RuntimeWarning,
             stacklevel=2,
         )
         return None
@@ -48,33 +49,44 @@ def loss_and_grads_or_none(p: Problem) -> LossAndGrads | None:
 
 def accelerated_loss_and_grads(p: Problem) -> LossAndGrads:
     """Compute what `chunked_loss_and_grads` does; logits and their gradients stay in the dtype of the products."""
-    wide, grad_dtype = loss_dtype(p.dtype), gradient_dtype(p.dtype)
-    head, bias = p.weight.detach().to(p.dtype), None if p.bias is None else p.bias.detach()
-    n, v = len(p.embed), len(head)
-    head_for_grad = head if grad_dtype == p.dtype else p.weight.detach().to(grad_dtype)
-    token_loss, grad_embed, grad_weight, grad_bias = new_gradients(p)
+    grad_dtype, token_weight = gradient_dtype(p.dtype), p.token_weight.detach()
+    heads = p.weight.detach().to(p.dtype), p.weight.detach().to(grad_dtype)
+    bias = None if p.bias is None else p.bias.detach()
+    room = new_gradients(p)
 
-    buffer = torch.empty(min(p.chunk_size, n), v, dtype=p.dtype, device=head.device)
-    grad_buffer = buffer if grad_dtype == p.dtype else torch.empty_like(buffer, dtype=grad_dtype)
-    for rows in row_chunks(n, p.chunk_size):
-        x, ids = p.embed.detach()[rows], p.target[rows]  # (r, d), (r,)
-        z, g = buffer[: len(ids)], grad_buffer[: len(ids)]  # (r, v)
-        torch.mm(x.to(p.dtype), head.t(), out=z)
-        nll, m, scale, slope = compiled(row_terms, z, bias, ids, p.token_weight.detach()[rows].to(wide))
-        token_loss[rows] = nll
-        if not any(p.needs_grad):
-            continue
+    for rows in row_chunks(len(p.embed), p.chunk_size):
+        # compiled functions are given no views: their offsets and bases would be compiled in
+        target, weight = p.target[rows].clone(), token_weight[rows].clone()  # (r,)
+        _solve_chunk(rows, p.embed.detach()[rows], heads, bias, target, weight, room)
 
-        compiled(write_gradient, z, bias, ids, m, scale, slope, g)
-        if grad_bias is not None:
-            grad_bias += g.sum(dim=0, dtype=wide)
-        if grad_embed is not None:
-            grad_embed[rows] = g @ head_for_grad
-        if grad_weight is not None:
-            accumulate_(grad_weight, g.t(), x.to(grad_dtype))
+    token_loss, *grads = room
+    return LossAndGrads((token_weight * token_loss).sum(), token_loss, *grads)
 
-    loss = (p.token_weight.detach() * token_loss).sum()
-    return LossAndGrads(loss, token_loss, grad_embed, grad_weight, grad_bias)
+
+def _solve_chunk(
+    rows: slice,
+    x: Tensor,  # (r, d)
+    heads: tuple[Tensor, Tensor],  # (v, d), in the dtype of the logits, and of their gradient
+    bias: Tensor | None,
+    target: Tensor,
+    token_weight: Tensor,
+    room: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    token_loss, grad_embed, grad_weight, grad_bias = room
+    head, head_for_grad = heads
+    z = x.to(head.dtype) @ head.t()  # (r, v)
+    token_loss[rows], m, scale, slope = compiled(row_terms, z, bias, target, token_weight)
+    if grad_embed is grad_weight is grad_bias is None:
+        return
+
+    g = z if head_for_grad.dtype == z.dtype else torch.empty_like(z, dtype=head_for_grad.dtype)  # (r, v)
+    compiled(write_gradient, z, bias, target, m, scale, slope, g)
+    if grad_bias is not None:
+        grad_bias += g.sum(dim=0, dtype=grad_bias.dtype)
+    if grad_embed is not None:
+        grad_embed[rows] = g @ head_for_grad
+    if grad_weight is not None:
+        accumulate_(grad_weight, g.t(), x.to(g.dtype))
 
 
 def row_terms(

@@ -96,7 +96,7 @@ def linear_cross_entropy(
 def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's where it is on, which leaves float64 alone; else the wider of the two."""
     device, dtype = embed.device.type, torch.promote_types(embed.dtype, weight.dtype)
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta has none
     return torch.get_autocast_dtype(device) if autocast and dtype != torch.float64 else dtype
 
 

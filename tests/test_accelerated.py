@@ -1,0 +1,150 @@
+"""The path of accelerators, forced on a CPU: the same values, compiled or not, few compilations, else one warning."""
+
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fused_problem import NAMES, Operations, Problem, assert_near, has_compiler, oracle, problem
+from networks import assert_same_gradients, decoder, gradients
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from xtloss import AutoregressiveWrapper
+from xtloss.losses import accelerated
+
+X = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(1))
+SIZES = [(0, 3, 7, None), (1, 1, 2, None), (5, 3, 7, 2), (7, 4, 1, 3), (37, 16, 65, 8), (67, 33, 129, None)]  # N, d, V
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Any device is an accelerator, until it is found to lack a compiler. Kernels run as they are written."""
+    monkeypatch.setattr(accelerated, 'without_compiler', set())
+    monkeypatch.setattr(accelerated, 'is_accelerated', lambda device: device.type not in accelerated.without_compiler)
+    monkeypatch.setattr(accelerated, 'kernel', lambda function: function)
+    return monkeypatch
+
+
+def assert_right(dtype: torch.dtype, bias: bool, *size: Any) -> None:
+    *shape, chunk = size
+    p = problem(*shape, dtype=dtype, bias=bias)
+    p.token_weight.requires_grad_()
+    want, wide = oracle(p._replace(token_weight=p.token_weight.detach())), torch.promote_types(dtype, torch.float32)
+    loss, token_loss = p.solve(chunk_size=chunk)
+    loss.backward()
+    tolerance = (32 if dtype == wide else 6) * torch.finfo(dtype).eps
+    assert loss.dtype == token_loss.dtype == wide
+    assert_near(token_loss, want.token_loss, tolerance)
+    assert_near(p.token_weight.grad, want.token_loss, tolerance)
+    for name in NAMES[: len(p.inputs)]:
+        assert_near(getattr(p, name).grad, want.grads[name], tolerance)
+
+
+@pytest.mark.usefixtures('forced')
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('size', SIZES)
+def test_values_and_gradients(size: tuple[int, int, int, int | None], dtype: torch.dtype, bias: bool) -> None:
+    assert_right(dtype, bias, *size)
+
+
+@pytest.mark.filterwarnings('ignore')  # torch's own, of its compiler
+@pytest.mark.skipif(not has_compiler(), reason='no compiler')
+@pytest.mark.parametrize(('dtype', 'bias'), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)])
+def test_compiled_kernels(dtype: torch.dtype, bias: bool, forced: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    forced.setattr(accelerated, 'kernel', functools.partial(torch.compile, dynamic=True, fullgraph=True))
+    assert_right(dtype, bias, 37, 16, 65, 8)
+    assert not accelerated.without_compiler
+    torch._dynamo.reset()
+
+
+def test_token_counts_do_not_compile_again(forced: pytest.MonkeyPatch) -> None:
+    """Ten batches, of chunks that end with shorter ones: two compilations of each kernel at most."""
+    torch._dynamo.reset()
+    counters: dict[Callable[..., Any], CompileCounterWithBackend] = {}
+
+    @functools.cache
+    def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+        counters[function] = CompileCounterWithBackend('eager')
+        return torch.compile(function, backend=counters[function], dynamic=True, fullgraph=True)
+
+    forced.setattr(accelerated, 'kernel', kernel)
+    for n in (40, 37, 64, 1, 2, 33, 100, 65, 7, 50):
+        assert_right(torch.float32, False, n, 8, 33, 32)
+    assert counters.keys() == {accelerated.row_terms, accelerated.write_gradient}
+    assert all(counter.frame_count <= 2 for counter in counters.values())
+    torch._dynamo.reset()
+
+
+def test_no_compiler_is_said_once(forced: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def fails(function: Callable[..., Any]) -> Callable[..., Any]:
+        calls['kernel'] += 1
+        raise RuntimeError('Cannot find a working triton installation')
+
+    forced.setattr(accelerated, 'kernel', fails)
+    with pytest.warns(RuntimeWarning, match='no compiler for cpu: .*Cannot find a working triton'):
+        assert_right(torch.float32, True, 9, 3, 7, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert_right(torch.bfloat16, True, 9, 3, 7, 4)
+    assert calls['kernel'] == 1
+
+
+def test_a_lack_of_memory_is_no_lack_of_a_compiler(forced: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError('out of memory')
+
+    forced.setattr(accelerated, 'kernel', lambda function: fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        problem(9, 3, 7).solve()
+    assert not accelerated.without_compiler
+
+
+@pytest.mark.usefixtures('forced')
+@pytest.mark.parametrize('needed', [(True, False), (False, True), (False, False)])
+def test_frozen_parts_cost_nothing(needed: tuple[bool, bool]) -> None:
+    p = problem(8, 16, 65, bias=False)
+    for t, flag in zip(p.inputs, needed, strict=True):
+        t.requires_grad_(flag)
+    with Operations(65) as seen:
+        p.solve()
+    assert seen.products == 1 + sum(needed)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_stay_in_the_dtype_of_the_product(dtype: torch.dtype, forced: pytest.MonkeyPatch) -> None:
+    """And their gradient is written over them, but in float16, whose products run in float32."""
+    seen = []
+    forced.setattr(accelerated, 'kernel', lambda function: lambda *args: (seen.append(args), function(*args))[1])
+    problem(8, 4, 65, dtype=dtype).solve()
+    (z, *_), (again, *_, out) = seen
+    assert z is again
+    assert z.dtype == dtype
+    assert out is z if dtype != torch.float16 else out.dtype == torch.float32
+
+
+@pytest.mark.usefixtures('forced')
+@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}])
+def test_the_wrapper(network: dict[str, Any]) -> None:
+    wrapper = AutoregressiveWrapper(decoder(**network), fused=True)
+    call = {'lens': torch.tensor([9, 3, 0]), 'loss_weight': torch.linspace(-1, 2, 27).view(3, 9)}
+    got, want = wrapper(X, **call), AutoregressiveWrapper(wrapper.net, fused=False)(X, **call)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    assert_same_gradients(gradients(got, wrapper), gradients(want, wrapper), 1e-5)
+
+
+@pytest.mark.usefixtures('forced')
+def test_inside_a_compiled_graph() -> None:
+    """There it is one node, whose kernels run when the graph does."""
+    torch._dynamo.reset()
+    p = problem(37, 8, 65, dtype=torch.float32)
+    loss, _ = torch.compile(Problem.solve, backend='aot_eager', fullgraph=True)(p)
+    for name, grad in zip(NAMES, torch.autograd.grad(loss, p.inputs), strict=True):
+        assert_near(grad, oracle(p).grads[name], 1e-5)
+    torch._dynamo.reset()
