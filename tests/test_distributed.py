@@ -3,7 +3,7 @@
 import os
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from xtloss import AutoregressiveWrapper
 from xtloss.packing.distributed import global_normalizer
 
+TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 WEIGHTINGS = ['token', 'sequence', 'square']
 
 # of each process, the sequences in its two micro-batches: uneven shares; sequence 5, of which nothing counts, alone; no
@@ -40,9 +41,10 @@ def make_wrapper(loss_weighting, fused='auto'):
     return AutoregressiveWrapper(decoder(layers_depth=2), loss_weighting=loss_weighting, fused=fused)
 
 
-def gradients(wrapper):
+def gradients(wrapper, factor=1):
     return {
-        name: p.grad.full_tensor() if hasattr(p, 'full_tensor') else p.grad for name, p in wrapper.named_parameters()
+        name: p.grad.full_tensor() / factor if hasattr(p, 'full_tensor') else p.grad
+        for name, p in wrapper.named_parameters()
     }
 
 
@@ -69,7 +71,7 @@ def normalizers(rank):
     return results | {'input': tensor.detach()}
 
 
-def step(model, wrapper, micro_batches):
+def step(model, wrapper, micro_batches, factor=1):
     """The gradients and the loss of one step, as the docs have it."""
     normalizer = global_normalizer(sum(wrapper.loss_normalizer(**batch) for batch in micro_batches))
     reported = torch.zeros(())
@@ -80,7 +82,7 @@ def step(model, wrapper, micro_batches):
             loss.backward()
         reported += loss.detach()
     dist.all_reduce(reported)
-    return gradients(wrapper), reported / dist.get_world_size()
+    return gradients(wrapper, factor), reported / dist.get_world_size()
 
 
 def under_ddp(micro_batches):
@@ -92,25 +94,36 @@ def under_ddp(micro_batches):
     return results
 
 
+def sums_over_means():
+    """The ranks, where gloo sums though it is asked for a mean, as with an older torch; else 1."""
+    found = torch.zeros(1)
+    dist.reduce_scatter_tensor(found, torch.ones(dist.get_world_size()), op=dist.ReduceOp.AVG)
+    return found.item()
+
+
 def under_fsdp2(batch):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not hasattr(torch.cpu.Stream, 'record_event'):  # before torch 2.8 only the streams of GPUs have what FSDP2 calls
-        torch.cpu.Stream.record_event = torch.cpu.Stream.wait_event = lambda *_: None
-
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+    shard = partial(fully_shard, mesh=mesh)
+    # what an older torch has right on GPUs alone: streams that record events, and backward after it gathers again
+    if not hasattr(torch.cpu.Stream, 'record_event'):
+        torch.cpu.Stream.record_event = torch.cpu.Stream.wait_event = lambda *_: None
+    if TORCH < (2, 7):
+        shard = partial(shard, reshard_after_forward=False)
+    factor = sums_over_means()
     results = {}
     for loss_weighting in WEIGHTINGS:
         wrapper = make_wrapper(loss_weighting, fused=True)
         for _, block, _ in wrapper.net.attn_layers.layers:
-            fully_shard(block, mesh=mesh)
-        fully_shard(wrapper, mesh=mesh)
-        results[loss_weighting] = step(wrapper, wrapper, [batch])
+            shard(block)
+        shard(wrapper)
+        results[loss_weighting] = step(wrapper, wrapper, [batch], factor)
 
     sharded_inside = make_wrapper('sequence')
-    fully_shard(sharded_inside.net, mesh=mesh)
-    results['net'] = step(sharded_inside, sharded_inside, [batch])
+    shard(sharded_inside.net)
+    results['net'] = step(sharded_inside, sharded_inside, [batch], factor)
     sharded_inside.fused = True
     with pytest.raises(ValueError, match=r'FSDP|DTensor'):
         sharded_inside(**batch)

@@ -25,7 +25,7 @@ WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 OF_UPSTREAM = inspect.signature(Upstream).parameters
 TRAINS = 'ttt_module_paths' in OF_UPSTREAM  # from 2.21 on
-MEANS_OF_ROWS = tuple(map(int, version('x-transformers').split('.')[:2])) >= (2, 28)
+RELEASE = tuple(map(int, version('x-transformers').split('.')[:2]))
 needs_ttt = pytest.mark.skipif(not TRAINS, reason='this x-transformers has no test-time training')
 TTT: dict[str, Any] = {'tbptt_steps': 2, 'ttt_module_paths': ('attn_layers.layers.1.1',)}
 
@@ -105,6 +105,7 @@ LEARNING: dict[str, dict[str, Any]] = {
     'low rank': {'ttt_low_rank_paths': (('attn_layers.layers.0.1.to_out', 4),)},
     'every three': {'tbptt_steps': 3},
 }
+LEARNING = {name: options for name, options in LEARNING.items() if options.keys() <= OF_UPSTREAM.keys()}
 
 
 @needs_ttt
@@ -121,8 +122,9 @@ def test_test_time_training_is_upstreams(name: str, steps: int, training: bool) 
         assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
     want, got = theirs(ids(n=S)), ours(ids(n=S))  # nothing is learnt after the last segment
     assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
+    want = theirs(ids())  # with gradients: without them upstream learns nothing of the first segment before 2.27
     with torch.no_grad():
-        assert ours(ids()).item() == pytest.approx(theirs(ids()).item(), rel=1e-5)
+        assert ours(ids()).item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @needs_ttt
@@ -226,7 +228,7 @@ def test_a_mean_of_the_means_of_segments_is_another() -> None:
         ]
         pooled = sum(map(sum, rows)) / sum(map(len, rows))
         by_row = sum(sum(row) / len(row) for row in rows if row) / B
-        by_segment += (end - start) / 13 * (by_row if MEANS_OF_ROWS else pooled)
+        by_segment += (end - start) / 13 * (by_row if RELEASE >= (2, 28) else pooled)
 
     theirs = Upstream(net, ignore_index=0)(x).item()
     ours = XLAutoregressiveWrapper(net, ignore_index=0, equal_loss_weight_batch=True)(x).item()
@@ -458,4 +460,5 @@ def test_xtransformers_readme() -> None:
     wrapper = XLAutoregressiveWrapper(network(max_seq_len=8, max_mem_len=16, use_abs_pos_emb=True, **layers))
     seg = torch.randint(0, VOCAB, (1, 64))
     wrapper(seg).backward()
-    assert wrapper.generate(seg[:, :16], 24).shape == (1, 24)
+    if not (2, 23) <= RELEASE < (2, 27):  # there it raises with any relative bias, upstream's too
+        assert wrapper.generate(seg[:, :16], 24).shape == (1, 24)

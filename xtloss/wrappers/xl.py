@@ -82,7 +82,7 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     max_seq_len: int
     init_ttt: Any
     update_ttt: Any
-    ttt_wrappers: dict[str, Any]
+    ttt_wrappers: dict[str, Any] | list[Any]
 
     def __init__(
         self,
@@ -263,7 +263,8 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         return mask_arguments(self.net, keys, arguments, mask=segment.mask, queries=s)
 
     def _cut_off_test_time_parameters(self) -> None:
-        for wrapper in self.ttt_wrappers.values():
+        wrappers = self.ttt_wrappers  # a list before x-transformers 2.23
+        for wrapper in wrappers.values() if isinstance(wrappers, dict) else wrappers:
             wrapper.batch_params = {
                 name: p.detach().requires_grad_(p.requires_grad) for name, p in wrapper.batch_params.items()
             }
