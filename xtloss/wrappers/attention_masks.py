@@ -121,10 +121,10 @@ def position_arguments(net: Any, start: Tensor | None, n: int, prepended: int, p
     if not is_known(net):
         return {'seq_start_pos': start}
     layers = net.attn_layers
-    if not isinstance(net.pos_emb, AbsolutePositionalEmbedding | ScaledSinusoidalEmbedding):
+    if not isinstance(net.pos_emb, (AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding)):
         return {}
     relative = layers.rotary_pos_emb is not None or layers.rel_pos is not None or layers.polar_pos_emb is not None
-    fixed = layers.polar_pos_emb is not None or isinstance(layers.rel_pos, RelativePositionBias | DynamicPositionBias)
+    fixed = layers.polar_pos_emb is not None or isinstance(layers.rel_pos, (RelativePositionBias, DynamicPositionBias))
     if pos is not None or fixed or (prepended and relative):
         return {'seq_start_pos': start}
     return {'pos': (torch.arange(n, device=start.device) - start[:, None]).clamp(min=0)}

@@ -220,7 +220,6 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             ignore_index=self.ignore_index,
             pad_value=self.pad_value,
             mask_prob=self.mask_prob,
-            trust_segments=self.trust_segments,
             unpad=unpad,
         )
 

@@ -43,10 +43,9 @@ def network_rows(
     ignore_index: int,
     pad_value: int,
     mask_prob: float = 0.0,
-    trust_segments: bool = False,
     unpad: bool = False,
 ) -> Rows:
-    """Make the rows of a batch from all that a wrapper's forward was given."""
+    """Make the rows of a batch from all that a wrapper's forward was given, and has checked."""
     prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
     telling = {name: given.get(name) for name in ('lens', 'mask', 'seq_start_pos', 'segment_ids')}
     real = real_positions(x, **telling, prepended=prepended)
@@ -61,7 +60,7 @@ def network_rows(
     n, mask = ids.shape[1], given.get('mask')
     arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
     if 'segment_ids' in given:
-        arguments = segment_arguments(net, given['segment_ids'], arguments, trust=trust_segments)
+        arguments = segment_arguments(net, given['segment_ids'], arguments, trust=True)  # judged already
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
     arguments.update(position_arguments(net, given.get('seq_start_pos'), n, prepended, arguments.get('pos')))
     start = given.get('seq_start_pos') if is_known(net) else None  # a network of somebody else's hides what is before
