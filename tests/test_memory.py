@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xtloss import AutoregressiveWrapper, linear_cross_entropy
+from xtloss import AutoregressiveWrapper, XLAutoregressiveWrapper, linear_cross_entropy
 
 B, N, VOCAB = 2, 64, 4096
 LOGITS = B * N * VOCAB
@@ -112,3 +112,23 @@ def test_the_chunk_bounds_what_linear_cross_entropy_holds(bias: bool, weighted: 
         loss.backward()
     assert watched.largest <= chunk * vocab
     assert watched.peak <= 2 * chunk * vocab + 2 * vocab * dim
+
+
+def test_the_fused_path_never_has_the_logits_of_a_segment() -> None:
+    b, n, vocab = 8, 256, 32768
+    net = decoder(num_tokens=vocab, max_seq_len=n // 2, max_mem_len=n // 2, dim=8)
+    x, call = torch.randint(0, vocab, (b, n)), {'lens': torch.tensor([n] * 7 + [n // 4])}
+    of_segment = b * (n // 2) * vocab
+    watched = watch(XLAutoregressiveWrapper(net, fused=True), x, 1, **call)
+    assert watched.largest <= of_segment // 2 + vocab, f'{watched.largest / of_segment:.2f} of the logits'
+
+
+@pytest.mark.parametrize('weighting', ['token', 'square'])
+def test_the_fused_head_of_segments_is_the_logits_path(weighting: str) -> None:
+    net = decoder(num_tokens=VOCAB, max_seq_len=N // 4, max_mem_len=N // 4, dtype=torch.float64)
+    call = {'lens': torch.tensor([N, N // 3]), 'loss_weight': torch.randn(B, N), 'return_breakdown': True}
+    x, found = torch.randint(0, VOCAB, (B, N)), []
+    for fused in (True, False):
+        loss, parts = XLAutoregressiveWrapper(net, loss_weighting=weighting, fused=fused)(x, **call)
+        found.append((loss, parts, torch.autograd.grad(loss, list(net.parameters()))))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
