@@ -93,10 +93,13 @@ def check_batch(
 
 def widened(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments, tensors of integers as int64, with which torch can compute, and in which nothing wraps."""
-    return {
-        name: value.long() if isinstance(value, Tensor) and value.dtype in INTEGERS else value
-        for name, value in arguments.items()
-    }
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: wide(element) for name, element in value.items()}
+        return value.long() if isinstance(value, Tensor) and value.dtype in INTEGERS else value
+
+    return {name: wide(value) for name, value in arguments.items()}
 
 
 def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -160,6 +163,18 @@ def check_embeds(name: str, embeds: Tensor, x: Tensor, width: int | None = None)
             f'{name} must have shape ({b}, p, {"d" if width is None else width}), got {tuple(embeds.shape)}'
         )
     check_device(name, embeds, x.device)
+
+
+def check_key_masks(x: Tensor, masks: Mapping[str, Tensor], prepended: int, least: int) -> None:
+    """Raise ValueError for a mask of the keys, bool, that is not (b, `least` or more); `prepend_mask` is (b, p)."""
+    b = x.shape[0]
+    for name, mask in masks.items():
+        of_prepended = name == 'prepend_mask'
+        fits = mask.ndim == 2 and (mask.shape[1] == prepended if of_prepended else mask.shape[1] >= least)
+        if not fits or mask.shape[0] != b:
+            rule = f'({b}, {prepended}) like prepend_embeds' if of_prepended else f'({b}, {least} or more)'
+            raise ValueError(f'{name} must have shape {rule}, got {tuple(mask.shape)}')
+        check_device(name, mask, x.device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import ARGUMENTS, check_batch, check_known, is_flag, keywords, widened
+from xtloss.checks import ARGUMENTS, check_batch, check_dtype, check_key_masks, check_known, is_flag, keywords, widened
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
@@ -17,6 +17,10 @@ from xtloss.weighting.targets import Targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
+
+FLAGS = ('return_outputs', 'return_breakdown', 'dropout_mems')
+KEY_MASKS = ('prepend_mask', 'self_attn_kv_mask')
+IDS = ('pos', 'embed_ids')  # of the network: int64, or it takes a position for an embedding
 
 
 class LossWrapper(nn.Module):
@@ -94,13 +98,23 @@ class LossWrapper(nn.Module):
     def _check_batch(self, x: Tensor, given: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
         """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
         self.check_loss_options()
-        flags: dict[str, Any] = {name: given[name] for name in ('return_outputs', 'return_breakdown') if name in given}
+        flags: dict[str, Any] = {name: given[name] for name in FLAGS if name in given}
         given = {name: value for name, value in given.items() if value is not None}
         numbers: dict[str, Any] = {name: given[name] for name in ('normalizer', 'prepend_embeds') if name in given}
         counting = {name: value for name, value in given.items() if name in ARGUMENTS}
+        masks = {name: given[name] for name in KEY_MASKS if name in given}
+        ids = {name: given[name] for name in IDS if name in given}
+        for name, mask in masks.items():
+            check_dtype(name, mask, 'bool')
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
-        return x if x.is_floating_point() else x.long(), {**given, **widened(counting)}
+        prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
+        check_key_masks(x, masks, prepended, least=self.least_keys(x.shape[1]))
+        return x if x.is_floating_point() else x.long(), {**given, **widened(counting | ids)}
+
+    def least_keys(self, n: int) -> int:
+        """How many keys `self_attn_kv_mask` tells of in rows of n positions, at least: those that the network reads."""
+        return n
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
         """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""

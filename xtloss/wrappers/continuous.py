@@ -169,6 +169,10 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
             refuse_rollout(given)
         return x, given
 
+    def least_keys(self, n: int) -> int:
+        """All frames but the last."""
+        return max(1, n - 1)
+
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
         if given.get('rollout_steps', 1) > 1:
             return count_rollout(x, given['rollout_steps'], lens=given.get('lens'), mask=given.get('mask'))

@@ -14,6 +14,7 @@ from torch import Tensor
 from xtloss.losses.transforms import functorch_active, has_values
 from xtloss.packing.collating import one_to_a_row
 from xtloss.packing.layout import Layout, best_fit_decreasing, sequence_numbers, token_index
+from xtloss.packing.sequences import CPU
 from xtloss.weighting.targets import Outputs
 from xtloss.wrappers.inputs import real_positions
 
@@ -116,8 +117,9 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     packs = one_row or pays(layout, len(lengths))
     layout = layout if packs else one_to_a_row(lengths, longest)
     index = token_index(layout)  # (r, m), 0 = none
-    tokens_of = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    source = torch.cat([torch.tensor([-1]), *tokens_of])[index]
+    spans_of = zip(starts, lengths, strict=True)
+    tokens_of = [torch.arange(start, start + length, device=CPU) for start, length in spans_of]
+    source = torch.cat([torch.tensor([-1], device=CPU), *tokens_of])[index]
     segment_ids = sequence_numbers(lengths)[index].to(x.device) if packs else None
     return Plan(source.to(x.device), (b, n), segment_ids, has_holes=sum(sums) < tokens)
 

@@ -179,6 +179,10 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         self._may_fuse(given)
         return x, given
 
+    def least_keys(self, n: int) -> int:
+        """Each segment gets it as it is."""
+        return min(n, 1)
+
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
         names = ('lens', 'mask', 'loss_mask')
         counting: dict[str, Any] = {name: given.get(name) for name in names}

@@ -1,0 +1,101 @@
+"""Arguments that a wrapper hands on to the network: integers of every dtype, masks of keys that fit, one device.
+
+Dims: b batch, n positions, p prepended embeddings, d width.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from networks import decoder
+from torch import Tensor, nn
+from x_transformers import ContinuousTransformerWrapper, Decoder
+
+from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
+
+B, N, P, D = 3, 9, 2, 16
+INTEGERS = [getattr(torch, f'{u}int{size}') for u in ('', 'u') for size in (8, 16, 32, 64)]
+X = torch.randint(1, 11, (B, N), generator=torch.Generator().manual_seed(0))
+FRAMES = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(0))
+REAL = torch.ones(B, N, dtype=torch.bool)
+
+
+def frames_wrapper() -> ContinuousAutoregressiveWrapper:
+    torch.manual_seed(0)
+    layers = Decoder(dim=D, depth=1, heads=2, attn_dim_head=8)
+    net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=N, attn_layers=layers)
+    return ContinuousAutoregressiveWrapper(net)
+
+
+def wrapped(kind: str, **options: Any) -> tuple[nn.Module, Tensor]:
+    if kind == 'continuous':
+        return frames_wrapper(), FRAMES
+    ours = AutoregressiveWrapper if kind == 'ar' else XLAutoregressiveWrapper
+    return ours(decoder(num_tokens=11, **options)), X
+
+
+@pytest.mark.parametrize('dtype', INTEGERS)
+@pytest.mark.parametrize('kind', ['ar', 'continuous'])
+def test_positions_of_every_integer_dtype(kind: str, dtype: torch.dtype) -> None:
+    model, x = wrapped(kind)
+    pos = torch.arange(N if kind == 'ar' else N - 1).flip(0)
+    assert torch.equal(model(x, pos=pos.to(dtype)), model(x, pos=pos))
+
+
+@pytest.mark.parametrize('dtype', INTEGERS)
+@pytest.mark.parametrize('kind', ['ar', 'xl'])
+def test_other_ids_of_every_integer_dtype(kind: str, dtype: torch.dtype) -> None:
+    model, x = wrapped(kind, embed_num_tokens={'kind': 4})
+    assert torch.equal(model(x, embed_ids={'kind': (x % 4).to(dtype)}), model(x, embed_ids={'kind': x % 4}))
+
+
+BAD_MASKS: list[tuple[str, Any, type[Exception], str]] = [
+    ('self_attn_kv_mask', [1], TypeError, 'self_attn_kv_mask must be bool, a tensor, got list'),
+    ('self_attn_kv_mask', REAL.long(), TypeError, 'self_attn_kv_mask must be bool, got int64'),
+    ('self_attn_kv_mask', REAL[0], ValueError, r'self_attn_kv_mask must have shape \(3, \d or more\), got \(9,\)'),
+    ('self_attn_kv_mask', REAL[:2], ValueError, r'self_attn_kv_mask must have shape \(3, \d or more\), got \(2, 9\)'),
+    ('self_attn_kv_mask', REAL.to('meta'), ValueError, 'self_attn_kv_mask must be on cpu like x, got meta'),
+]
+OF_TOKENS: list[tuple[str, Any, type[Exception], str]] = [
+    ('self_attn_kv_mask', REAL[:, 1:], ValueError, r'must have shape \(3, 9 or more\), got \(3, 8\)'),
+    ('prepend_mask', REAL[:, :3], ValueError, r'prepend_mask must have shape \(3, 2\) like prepend_embeds, got \(3, 3'),
+    ('prepend_mask', REAL[:, :2, None], ValueError, r'prepend_mask must have shape \(3, 2\) like prepend_embeds'),
+    ('prepend_mask', REAL[:, :2].float(), TypeError, 'prepend_mask must be bool, got float32'),
+]
+
+
+@pytest.mark.parametrize('kind', ['ar', 'xl', 'continuous'])
+@pytest.mark.parametrize(('name', 'value', 'error', 'message'), BAD_MASKS)
+def test_masks_of_keys(kind: str, name: str, value: Any, error: type[Exception], message: str) -> None:
+    model, x = wrapped(kind)
+    for call in (model, model.loss_normalizer):
+        with pytest.raises(error, match=message):
+            call(x, **{name: value})
+
+
+@pytest.mark.parametrize(('name', 'value', 'error', 'message'), OF_TOKENS)
+def test_masks_of_keys_beside_prepended_embeddings(name: str, value: Any, error: type[Exception], message: str) -> None:
+    model, x = wrapped('ar')
+    for call in (model, model.loss_normalizer):
+        with pytest.raises(error, match=message):
+            call(x, prepend_embeds=torch.zeros(B, P, D), **{name: value})
+
+
+def test_prepend_mask_without_embeddings() -> None:
+    model, x = wrapped('ar')
+    with pytest.raises(ValueError, match=r'prepend_mask must have shape \(3, 0\) like prepend_embeds, got \(3, 2\)'):
+        model(x, prepend_mask=REAL[:, :P])
+
+
+def test_dropout_mems_is_a_flag() -> None:
+    model, x = wrapped('xl')
+    with pytest.raises(TypeError, match='dropout_mems must be bool, got int'):
+        model(x, dropout_mems=1)
+
+
+def test_unpad_follows_the_device_of_the_data() -> None:
+    lens = torch.tensor([9, 4, 6])
+    model = AutoregressiveWrapper(decoder(num_tokens=11), unpad=True)
+    want = model(X, lens=lens)
+    with torch.device('meta'):
+        assert torch.equal(model(X, lens=lens), want)
