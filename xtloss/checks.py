@@ -130,6 +130,17 @@ def keywords(*functions: Callable[..., Any]) -> frozenset[str]:
     )
 
 
+def forward_keywords(*modules: Any) -> frozenset[str] | None:
+    """The names that the forwards of these modules of x-transformers take; None if one is somebody else's."""
+    forwards = []
+    for module in modules:
+        own = [vars(cls)['forward'] for cls in type(module).__mro__ if 'forward' in vars(cls)]
+        if not own or not own[0].__module__.startswith('x_transformers.'):
+            return None  # which may take anything
+        forwards += own
+    return keywords(*forwards)
+
+
 # tensors
 
 
@@ -165,14 +176,15 @@ def check_embeds(name: str, embeds: Tensor, x: Tensor, width: int | None = None)
     check_device(name, embeds, x.device)
 
 
-def check_key_masks(x: Tensor, masks: Mapping[str, Tensor], prepended: int, least: int) -> None:
-    """Raise ValueError for a mask of the keys, bool, that is not (b, `least` or more); `prepend_mask` is (b, p)."""
+def check_key_masks(
+    x: Tensor, masks: Mapping[str, Tensor], prepended: int, least: int, most: int | None = None
+) -> None:
+    """Raise ValueError for a mask of the keys, bool, that is not (b, `least` to `most`); `prepend_mask` is (b, p)."""
     b = x.shape[0]
     for name, mask in masks.items():
-        of_prepended = name == 'prepend_mask'
-        fits = mask.ndim == 2 and (mask.shape[1] == prepended if of_prepended else mask.shape[1] >= least)
-        if not fits or mask.shape[0] != b:
-            rule = f'({b}, {prepended}) like prepend_embeds' if of_prepended else f'({b}, {least} or more)'
+        low, high = (prepended, prepended) if name == 'prepend_mask' else (least, most)
+        if mask.ndim != 2 or mask.shape[0] != b or not low <= mask.shape[1] <= (high or mask.shape[1]):
+            rule = f'({b}, {low})' if low == high else f'({b}, {low} or more)'
             raise ValueError(f'{name} must have shape {rule}, got {tuple(mask.shape)}')
         check_device(name, mask, x.device)
 

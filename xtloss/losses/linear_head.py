@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ def _is_touched(module: nn.Module) -> bool:
         any(getattr(module, hooks) for hooks in HOOKS)
         or any(not _is_observer(hook) for hooks in HOOKS for hook in getattr(all_modules, f'_global{hooks}').values())
         or any(name in vars(module) for name in CALLS)
+        or not _is_torchs(nn.Module.__call__)
         or not _is_as_written(type(module))
     )
 
@@ -119,6 +121,12 @@ def _is_touched(module: nn.Module) -> bool:
 def _is_observer(hook: Any) -> bool:
     """Whether a hook for all modules is one of torch's own, as of FlopCounterMode, which change nothing."""
     return str(getattr(hook, '__module__', None)).startswith('torch.')
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether its code is torch's, as that of the tracers that patch it, which change nothing."""
+    code = getattr(function, '__code__', None)
+    return code is not None and code.co_filename.startswith(str(Path(torch.__file__).parent))
 
 
 def _is_as_written(cls: type) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xtloss.checks import check_known, forward_keywords
 from xtloss.packing.experiment import NoPlaceError, leak, neutral, outputs, stand_ins
 from xtloss.packing.segments import segment_arguments
 from xtloss.packing.verdict import trusted
@@ -34,7 +35,15 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
         Rounding, below 1e-4, where it keeps them apart; inf where it cannot take the masks or these arguments, or has
         several heads or pooled tokens.
 
+    Raises:
+        TypeError: `net` is no module, or its `forward` does not know an argument.
+
     """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f'net must be a torch.nn.Module, got {type(net).__name__}')
+    known = forward_keywords(net, getattr(net, 'attn_layers', None))
+    if known is not None:
+        check_known('segment_leak()', network_kwargs, known)
     arguments = {name: each(plain, value) for name, value in network_kwargs.items() if value is not None}
     limit, v = getattr(net, 'max_seq_len', 0) or 256, getattr(net, 'num_tokens', 2)
     varlen = trusted(net).varlen

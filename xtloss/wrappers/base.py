@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import ARGUMENTS, check_batch, check_dtype, check_key_masks, check_known, is_flag, keywords, widened
+from xtloss.checks import (
+    ARGUMENTS,
+    check_batch,
+    check_dtype,
+    check_key_masks,
+    check_known,
+    forward_keywords,
+    is_flag,
+    keywords,
+    widened,
+)
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
@@ -109,12 +119,13 @@ class LossWrapper(nn.Module):
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
         prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
-        check_key_masks(x, masks, prepended, least=self.least_keys(x.shape[1]))
+        check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended))
         return x if x.is_floating_point() else x.long(), {**given, **widened(counting | ids)}
 
-    def least_keys(self, n: int) -> int:
-        """How many keys `self_attn_kv_mask` tells of in rows of n positions, at least: those that the network reads."""
-        return n
+    def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
+        """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""
+        tokens = getattr(self.net, 'memory_tokens', None)
+        return n, n + prepended + (0 if tokens is None else len(tokens))
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
         """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
@@ -139,13 +150,9 @@ class LossWrapper(nn.Module):
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         """Raise TypeError for an argument that neither `forward` nor the network's forward has."""
-        forwards = [type(self).forward]
-        for module in (self.net, getattr(self.net, 'attn_layers', None)):
-            own = [vars(cls)['forward'] for cls in type(module).__mro__ if 'forward' in vars(cls)]
-            if module is None or not own[0].__module__.startswith('x_transformers.'):
-                return  # somebody else's forward, which may take anything
-            forwards += own
-        check_known('loss_normalizer()', names, keywords(*forwards))
+        of_network = forward_keywords(self.net, getattr(self.net, 'attn_layers', None))
+        if of_network is not None:
+            check_known('loss_normalizer()', names, keywords(type(self).forward) | of_network)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, whose tied head would go on reading the embedding of the original."""

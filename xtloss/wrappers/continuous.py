@@ -169,9 +169,9 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
             refuse_rollout(given)
         return x, given
 
-    def least_keys(self, n: int) -> int:
-        """All frames but the last."""
-        return max(1, n - 1)
+    def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
+        """Of all frames but the last."""
+        return super().key_range(max(1, n - 1), prepended)
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
         if given.get('rollout_steps', 1) > 1:

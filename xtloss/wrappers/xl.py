@@ -167,8 +167,9 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         return getattr(self, 'has_ttt', False)  # x-transformers 2.20 has no test-time training
 
     def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        if not isinstance(given.get('mems'), (list, tuple, type(None))):
-            raise TypeError(f'mems must be a list of tensors, got {type(given["mems"]).__name__}')
+        for name in ('mems', 'mem_masks'):
+            if not isinstance(given.get(name), (list, tuple, type(None))):
+                raise TypeError(f'{name} must be a list of tensors, got {type(given[name]).__name__}')
         steps = given.get('ttt_recurrent_steps', 1)
         x, given = self._check_batch(x, given, counts={'ttt_recurrent_steps': steps})
         if steps > 1 and not self._trains_at_test_time:
@@ -179,9 +180,9 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         self._may_fuse(given)
         return x, given
 
-    def least_keys(self, n: int) -> int:
+    def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
         """Each segment gets it as it is."""
-        return min(n, 1)
+        return min(n, 1), None
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
         names = ('lens', 'mask', 'loss_mask')
