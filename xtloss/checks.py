@@ -183,7 +183,11 @@ def check_key_masks(
     b = x.shape[0]
     for name, mask in masks.items():
         low, high = (prepended, prepended) if name == 'prepend_mask' else (least, most)
-        if mask.ndim != 2 or mask.shape[0] != b or not low <= mask.shape[1] <= (high or mask.shape[1]):
+        if (
+            mask.ndim != 2
+            or mask.shape[0] != b
+            or not low <= mask.shape[1] <= (mask.shape[1] if high is None else high)
+        ):
             rule = f'({b}, {low})' if low == high else f'({b}, {low} or more)'
             raise ValueError(f'{name} must have shape {rule}, got {tuple(mask.shape)}')
         check_device(name, mask, x.device)
