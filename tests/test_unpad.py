@@ -237,6 +237,7 @@ def test_networks_that_do_not_keep_sequences_apart_are_refused(options: dict[str
     wrapper(ids())
 
 
+@pytest.mark.usefixtures('whole_graphs')
 def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True)
     want = wrapper(ids(), lens=ENDS).item()

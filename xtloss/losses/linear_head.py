@@ -53,7 +53,10 @@ def linear_head(net: Any) -> LinearHead:
 
 def why_not_arguments(arguments: list[str]) -> str | None:
     """Return which argument of the network's forward may stand between embeddings and loss; None if none does."""
-    return next((f'{name} is given to the network' for name in arguments if name not in PLAIN_ARGUMENTS), None)
+    for name in arguments:
+        if name not in PLAIN_ARGUMENTS:
+            return f'{name} is given to the network'
+    return None
 
 
 def why_not_linear(net: Any, arguments: list[str]) -> str | None:

@@ -108,10 +108,11 @@ def visible_keys(
 
 def precision_of(net: nn.Module, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
     """Where a narrow network is handed `mask`, and so makes float32 of its activations: autocast them back."""
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
-    if 'mask' not in arguments or dtype not in (torch.bfloat16, torch.float16) or not is_known(net):
-        return nullcontext()
-    return torch.autocast(arguments['mask'].device.type, dtype)
+    if 'mask' in arguments and is_known(net):
+        for p in net.parameters():
+            if p.dtype in (torch.bfloat16, torch.float16):
+                return torch.autocast(arguments['mask'].device.type, p.dtype)
+    return nullcontext()
 
 
 def position_arguments(net: Any, start: Tensor | None, n: int, prepended: int, pos: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class LossWrapper(nn.Module):
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
         prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
         check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended))
-        return x if x.is_floating_point() else x.long(), {**given, **widened(counting | ids)}
+        return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids})}
 
     def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
         """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""

@@ -228,7 +228,8 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         the graph after every `tbptt_steps` segments; in x-transformers 2.20 memories are after each.
         """
         fuse, steps = self._fuses(given), given.get('ttt_recurrent_steps', 1)
-        memories = Memories(given.get('mems'), next(iter(given.get('mem_masks') or ()), None))
+        masks = given.get('mem_masks') or [None]  # of all layers alike
+        memories = Memories(given.get('mems'), masks[0])
         if self._trains_at_test_time:
             self.init_ttt(len(segments[0].ids))
 
