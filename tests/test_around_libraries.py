@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from sharding import fsdp2
 from test_around import LoRA, blocks, linears, loss, network
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -50,7 +50,7 @@ def sharded(rank: int, world: int, store: str) -> None:
     torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    mesh = init_device_mesh('cpu', (world,))
+    fully_shard = fsdp2(world)
 
     def fsdp1(net: Any, **options: Any) -> nn.Module:
         wrap = {'device_id': torch.device('cpu'), 'sharding_strategy': ShardingStrategy.FULL_SHARD} | options
@@ -58,12 +58,11 @@ def sharded(rank: int, world: int, store: str) -> None:
             net, auto_wrap_policy=torch.distributed.fsdp.wrap.ModuleWrapPolicy([Attention, FeedForward]), **wrap
         )
 
-    def fsdp2(net: Any) -> nn.Module:
-        fully_shard = torch.distributed.fsdp.fully_shard
+    def by_parameter(net: Any) -> nn.Module:
         for module in net.modules():
             if isinstance(module, Attention | FeedForward):
-                fully_shard(module, mesh=mesh)
-        return fully_shard(net, mesh=mesh)
+                fully_shard(module)
+        return fully_shard(net)
 
     def checkpointed(net: Any) -> nn.Module:
         apply_activation_checkpointing(net, check_fn=lambda m: isinstance(m, Attention | FeedForward))
@@ -75,8 +74,8 @@ def sharded(rank: int, world: int, store: str) -> None:
 
     want = loss(network()).item()
     for shard in (
-        fsdp1, lambda n: fsdp1(n, use_orig_params=True), fsdp2,
-        lambda n: checkpointed(fsdp1(n)), lambda n: checkpointed(fsdp2(n)), ddp,
+        fsdp1, lambda n: fsdp1(n, use_orig_params=True), by_parameter,
+        lambda n: checkpointed(fsdp1(n)), lambda n: checkpointed(by_parameter(n)), ddp,
     ):  # fmt: skip
         for adapt in (lambda net: None, linears(LoRA)):
             net = network()

@@ -3,19 +3,19 @@
 import os
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from networks import decoder
+from sharding import fsdp2
 from torch.nn.parallel import DistributedDataParallel
 
 from xtloss import AutoregressiveWrapper
 from xtloss.packing.distributed import global_normalizer
 
-TORCH = tuple(map(int, torch.__version__.split('.')[:2]))
 WEIGHTINGS = ['token', 'sequence', 'square']
 
 # of each process, the sequences in its two micro-batches: uneven shares; sequence 5, of which nothing counts, alone; no
@@ -102,16 +102,7 @@ def sums_over_means():
 
 
 def under_fsdp2(batch):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh('cpu', (dist.get_world_size(),))
-    shard = partial(fully_shard, mesh=mesh)
-    # what an older torch has right on GPUs alone: streams that record events, and backward after it gathers again
-    if not hasattr(torch.cpu.Stream, 'record_event'):
-        torch.cpu.Stream.record_event = torch.cpu.Stream.wait_event = lambda *_: None
-    if TORCH < (2, 7):
-        shard = partial(shard, reshard_after_forward=False)
+    shard = fsdp2(dist.get_world_size())
     factor = sums_over_means()
     results = {}
     for loss_weighting in WEIGHTINGS:
