@@ -37,8 +37,12 @@ def rows_of_batch(rows):
     return {name: value[rows] for name, value in whole_batch().items()}
 
 
-def make_wrapper(loss_weighting, fused='auto'):
-    return AutoregressiveWrapper(decoder(layers_depth=2), loss_weighting=loss_weighting, fused=fused)
+# of the wrappers: the logits path, and padding that is left out as well
+WAYS = {'fused': {}, 'logits': {'fused': False}, 'unpad': {'unpad': True}}
+
+
+def make_wrapper(loss_weighting, **options):
+    return AutoregressiveWrapper(decoder(layers_depth=2), loss_weighting=loss_weighting, **options)
 
 
 def gradients(wrapper, factor=1):
@@ -88,9 +92,9 @@ def step(model, wrapper, micro_batches, factor=1):
 def under_ddp(micro_batches):
     results = {}
     for loss_weighting in WEIGHTINGS:
-        for fused in ('auto', False):
-            wrapper = make_wrapper(loss_weighting, fused)
-            results[loss_weighting, fused] = step(DistributedDataParallel(wrapper), wrapper, micro_batches)
+        for way, options in WAYS.items():
+            wrapper = make_wrapper(loss_weighting, **options)
+            results[loss_weighting, way] = step(DistributedDataParallel(wrapper), wrapper, micro_batches)
     return results
 
 
@@ -203,12 +207,12 @@ def test_global_normalizer_is_the_mean_over_ranks(ranks):
     assert ranks[0]['normalizers']['group'].item() == 7
 
 
-@pytest.mark.parametrize('fused', ['auto', False])
+@pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('loss_weighting', WEIGHTINGS)
-def test_ddp_gives_the_gradient_of_one_process(ranks, loss_weighting, fused):
+def test_ddp_gives_the_gradient_of_one_process(ranks, loss_weighting, way):
     shares = [rows for micro_batches in SHARES[len(ranks)] for rows in micro_batches]
     for results in ranks:
-        assert_same_step(results['ddp'][loss_weighting, fused], loss_weighting, shares)
+        assert_same_step(results['ddp'][loss_weighting, way], loss_weighting, shares)
 
 
 @pytest.mark.parametrize('loss_weighting', WEIGHTINGS)
