@@ -70,7 +70,7 @@ def test_suite(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     comparisons, rows = bench.suite(bench.Config(**TINY), bench.SuiteShapes(*small))
     assert len(comparisons) == 2
     heads = [1.1, 1.12, 0.5] + ([0.75, None] if bench.CHUNKED[0] in bench.HEADS else [])
-    assert [row.at_most for row in rows] == heads + heads + [0.1, 0.16, 0.3, 0.5, 0.3, 1.03, 2.1, 1.1]
+    assert [row.at_most for row in rows] == heads + heads + [0.1, 0.16, 0.3, 0.5, 0.3, 1.03, 0.5, 0.3, 2.1, 1.1]
     assert all(row.measured is not None and row.measured > 0 for row in rows)
     table = bench.suite_table(rows)
     assert table.count('\n') == len(rows) + 1
@@ -149,3 +149,20 @@ def test_bad_options(
 ) -> None:
     assert bench.main(bench.Config(**TINY | options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_unpad_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row for each width, with flash and without; a ratio for each filling; of batches that are filled so far."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import bench_unpad
+
+    config = bench_unpad.Config(widths=(16,), fillings=(0.25, 1.0), positions=64, rounds=1)
+    assert [bench_unpad.lengths(f, 16, config).tolist() for f in config.fillings] == [[1, 3, 5, 8], [16] * 4]
+    seen = []
+    monkeypatch.setattr(bench_unpad, 'timed', lambda net, step: seen.append(step().item()) or 1.0 + len(seen) % 2)
+    bench_unpad.compare(config)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ['16', 'yes', '0.50', '0.50'],
+        ['16', 'no', '0.50', '0.50'],
+    ]
+    assert seen[0::2] == pytest.approx(seen[1::2])  # the loss is the same

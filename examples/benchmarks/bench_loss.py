@@ -31,6 +31,8 @@ from bench_peers import (
     STEP_OURS,
     STEP_UPSTREAM,
     UPSTREAM,
+    XL_OURS,
+    XL_UPSTREAM,
     Problem,
     Run,
     Shape,
@@ -185,12 +187,17 @@ def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
     """Measure everything the README's table has."""
     some = tuple(peer for peer in (PRODUCTS, BY_COLUMNS, UPSTREAM, *CHUNKED, OURS) if peer in HEADS)
     memory = measured_memory(
-        config, [(peer, s.a) for peer in HEADS] + [(OURS, s.twice)] + [(peer, s.b) for peer in some]
+        config,
+        [(peer, s.a) for peer in HEADS]
+        + [(OURS, s.twice)]
+        + [(peer, s.b) for peer in some]
+        + [(peer, s.step) for peer in (XL_UPSTREAM, XL_OURS)],
     )
     at_a = measured_times(config, [(p, s.a) for p in HEADS] + [(OURS, s.uncounted), (OURS, s.twice)], title=str(s.a))
     at_b = measured_times(config, [(peer, s.b) for peer in some], title=str(s.b))
     pair = (STEP_UPSTREAM, STEP_OURS)
     steps = measured_times(config, [(peer, shape) for shape in (s.step, s.padded) for peer in pair], title='whole step')
+    xl = measured_times(config, [(peer, s.step) for peer in (XL_UPSTREAM, XL_OURS)], title='whole XL step')
     small = measured_times(config, [(peer, s.characters) for peer in pair], title='whole step, V=256')
 
     rows = []
@@ -221,7 +228,11 @@ def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
         size = f'd={shape.dim}, depth {shape.depth}, V={shape.vocab}, {shape.rows} x {shape.tokens // shape.rows}'
         ratio = times.ratio((STEP_OURS, shape), (STEP_UPSTREAM, shape))
         rows.append(Row(f'whole step / x-transformers, {size}, {what}', at_most, ratio))
+    size = f'd={s.step.dim}, depth {s.step.depth}, V={s.step.vocab}, two segments'
+    runs = (XL_OURS, s.step), (XL_UPSTREAM, s.step)
     rows += [
+        Row(f'whole XL step / x-transformers, {size}', 0.50, xl.ratio(*runs)),
+        Row(f'extra peak memory of it / x-transformers, {size}', 0.30, memory_ratio(*runs)),
         Row('time at 2N / at N', 2.1, at_a.ratio((OURS, s.twice), (OURS, s.a))),
         Row(
             'extra peak memory at 2N / at N, beyond the gradients',

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from x_transformers import Decoder, TransformerWrapper
 
-from xtloss import AutoregressiveWrapper, linear_cross_entropy
+from xtloss import AutoregressiveWrapper, XLAutoregressiveWrapper, linear_cross_entropy
 
 IGNORED = -100
 
@@ -148,8 +148,8 @@ def xtloss(p: Problem) -> Tensor:
 
 
 @cache
-def network(shape: Shape) -> TransformerWrapper:
-    """Build the network of a shape; the same one for both wrappers."""
+def network(shape: Shape, segments: int = 1) -> TransformerWrapper:
+    """Build the network of a shape; the same one for both wrappers. It reads a row in so many segments."""
     torch.manual_seed(0)
     heads = max(1, shape.dim // 64)
     layers = Decoder(
@@ -161,24 +161,25 @@ def network(shape: Shape) -> TransformerWrapper:
         attn_flash=True,
         verbose=False,
     )
-    net = TransformerWrapper(num_tokens=shape.vocab, max_seq_len=shape.tokens // shape.rows, attn_layers=layers)
+    n = shape.tokens // shape.rows // segments
+    net = TransformerWrapper(num_tokens=shape.vocab, max_seq_len=n, max_mem_len=n, attn_layers=layers)
     return net.to(shape.device, shape.dtype)
 
 
-def whole_step(wrapper: type[nn.Module], shape: Shape) -> Callable[[], Tensor]:
+def whole_step(model: nn.Module, shape: Shape) -> Callable[[], Tensor]:
     """Return the forward pass of a wrapper; the rows are of different lengths where some targets do not count."""
     n, counted = shape.tokens // shape.rows, 1 - shape.uncounted
     x = torch.randint(0, shape.vocab, (shape.rows, n), device=shape.device)
     spread = torch.linspace(-0.75, 0.75, shape.rows, device=shape.device) * min(counted, shape.uncounted)
-    lens = ((counted + spread) * n).round().long() if shape.uncounted else None
-    model = wrapper(network(shape))
-    return lambda: model(x, lens=lens)
+    told = {'lens': ((counted + spread) * n).round().long()} if shape.uncounted else {}
+    return lambda: model(x, **told)
 
 
 # the peers by name
 
 PRODUCTS, BY_COLUMNS, UPSTREAM, OURS = 'three matrix products', 'three products by columns', 'x-transformers', 'xtloss'
 STEP_UPSTREAM, STEP_OURS = 'x-transformers, whole step', 'xtloss, whole step'
+XL_UPSTREAM, XL_OURS = 'x-transformers, whole XL step', 'xtloss, whole XL step'  # in two segments
 CHUNKED = ('F.linear_cross_entropy, its own chunks', 'F.linear_cross_entropy, chunks of 512')
 HEADS: dict[str, Callable[[Problem], Tensor | None]] = {
     PRODUCTS: products,
@@ -194,14 +195,20 @@ if torch.cuda.is_available():
     HEADS |= {name: function for module, (name, function) in modules.items() if find_spec(module)}
 HEADS[OURS] = xtloss
 
-WHOLE = {STEP_UPSTREAM: x_transformers.AutoregressiveWrapper, STEP_OURS: AutoregressiveWrapper}
+WHOLE: dict[str, tuple[type[nn.Module], int]] = {  # and in how many segments it reads a row
+    STEP_UPSTREAM: (x_transformers.AutoregressiveWrapper, 1),
+    STEP_OURS: (AutoregressiveWrapper, 1),
+    XL_UPSTREAM: (x_transformers.XLAutoregressiveWrapper, 2),
+    XL_OURS: (XLAutoregressiveWrapper, 2),
+}
 
 
 def make_step(peer: str, shape: Shape) -> Callable[[], None]:
     """Return one forward and backward pass, ready to run, which leaves no gradients behind."""
     if peer in WHOLE:
-        model, forward = network(shape), whole_step(WHOLE[peer], shape)
-        leaves = list(model.parameters())
+        wrapper, segments = WHOLE[peer]
+        model = wrapper(network(shape, segments))
+        leaves, forward = list(model.parameters()), whole_step(model, shape)
     else:
         p = problem(shape)
         leaves, forward = [p.embed, p.head], lambda: HEADS[peer](p)

@@ -16,4 +16,5 @@ step python examples/benchmarks/bench_loss.py --device cuda --suite --seconds 5
 step python examples/benchmarks/bench_loss.py --device cuda --dtype bfloat16 --tokens 16384 --vocab 128256 --dim 2048 --seconds 5
 step python examples/benchmarks/bench_packing.py --device cuda --data "$text"
 step python examples/benchmarks/bench_packing.py --device cuda --data "$text" --lines 32 --vocab 32768
+step python examples/benchmarks/bench_unpad.py --device cuda
 exit $failed
