@@ -11,6 +11,8 @@ from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
 from xtloss.wrappers.upgrade import upgrade_
 from xtloss.wrappers.xl import XLAutoregressiveWrapper
 
+__version__ = '0.1.0'
+
 __all__ = [
     'AutoregressiveWrapper',
     'ContinuousAutoregressiveWrapper',
