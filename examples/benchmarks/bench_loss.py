@@ -44,7 +44,11 @@ from bench_peers import (
 from matplotlib.figure import Figure
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+from palette import LIBRARIES, OTHERS
+
 MIB = 2**20
+BEHIND = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 1}  # of a number, so that no line goes through it
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,13 @@ def draw(comparisons: list[Comparison], path: Path) -> None:
     panels = figure.subplots(len(comparisons), 2, squeeze=False, sharey='row')
     for (left, right), c in zip(panels, comparisons, strict=True):
         peers = [peer for peer in c.peers if peer in HEADS][::-1]
-        colors = ['tab:orange' if peer == OURS else 'tab:gray' for peer in peers]
+        colors = [LIBRARIES.get(peer, OTHERS) for peer in peers]
         runs = [(peer, c.shape) for peer in peers]
         bars = left.barh(peers, [c.times.ms(run) for run in runs], color=colors)
-        left.bar_label(bars, [f'{c.times.ms(run):,.0f}' for run in runs], padding=3)
-        left.axvline(c.times.ms((PRODUCTS, c.shape)), color='black', linestyle=':', linewidth=1)
+        products = c.times.ms((PRODUCTS, c.shape))
+        left.axvline(products, color='black', linestyle=':', linewidth=1, zorder=0, label=PRODUCTS)
+        left.bar_label(bars, [f'{c.times.ms(run):,.0f}' for run in runs], padding=3, bbox=BEHIND)
+        left.legend(loc='lower right', frameon=False)
         left.set_xlabel('forward and backward of head and loss, ms')
         left.set_title(str(c.shape), loc='left')
         if c.memory:
