@@ -1,6 +1,6 @@
-"""The README's Python blocks, run in the order in which a reader meets them, each seeing the names of those before.
+"""The Python blocks of README and guide, run in the order in which a reader meets them, each seeing the names before.
 
-And what the README and the gallery point to is there.
+And what these pages and the gallery point to is there.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README, GALLERY = ROOT / 'README.md', ROOT / 'examples' / 'README.md'
+README, GALLERY, CHOOSING = ROOT / 'README.md', ROOT / 'examples' / 'README.md', ROOT / 'examples' / 'choosing.md'
 BLOCK = re.compile(r'(?P<reason><!-- not run: .+? -->\s*)?^```python\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -22,14 +22,15 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def test_blocks_run_in_order() -> None:
-    blocks = python_blocks(README.read_text())
-    assert blocks, 'README.md has no ```python block'
+@pytest.mark.parametrize('page', [README, CHOOSING], ids=['README', 'choosing'])
+def test_blocks_run_in_order(page: Path) -> None:
+    blocks = python_blocks(page.read_text())
+    assert blocks, f'{page.name} has no ```python block'
     names: dict[str, object] = {'__name__': 'readme'}
     for line, code in blocks:
         exec(
-            compile('\n' * line + code, str(README), 'exec'), names
-        )  # the blank lines make tracebacks name README lines
+            compile('\n' * line + code, str(page), 'exec'), names
+        )  # the blank lines make tracebacks name the page's lines
 
 
 def test_what_is_a_block() -> None:
@@ -45,7 +46,7 @@ def anchor(heading: str) -> str:
     return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
 
 
-@pytest.mark.parametrize('page', [README, GALLERY], ids=['README', 'gallery'])
+@pytest.mark.parametrize('page', [README, GALLERY, CHOOSING], ids=['README', 'gallery', 'choosing'])
 def test_links_and_commands_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     links = [link for link in re.findall(r'\]\(([^)]+)\)', text) if not link.startswith('http')]
