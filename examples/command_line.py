@@ -20,7 +20,7 @@ except ImportError:  # Windows: two runs of one name are not told apart
 
 LONGEST_NAME = 200  # bytes; most file systems take 255
 TOO_LARGE = 2**63  # for a seed, and for any tensor
-MAY_BE_ZERO = ('seed', 'noise', 'warmup_steps', 'uncounted', 'seconds')
+MAY_BE_ZERO = ('seed', 'seeds', 'noise', 'warmup_steps', 'uncounted', 'seconds')
 ANY_NUMBER = ('loss_weighting',)  # the wrapper judges it
 
 

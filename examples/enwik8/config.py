@@ -40,9 +40,10 @@ class Config:
     Python; or the path of a raw, .gz or .zip file."""
     max_bytes: int | None = None
     """Read no more of the text than this."""
-    sequences: Literal['lines', 'pages', 'windows'] = 'lines'
+    sequences: Literal['lines', 'pages', 'windows', 'mixed'] = 'lines'
     """'lines': each distinct non-blank line; 'pages': each <page>, both as long as they are, up to seq_len + 1 bytes;
-    'windows': random crops of seq_len + 1 bytes."""
+    'windows': random crops of seq_len + 1 bytes; 'mixed': one to one, long lines, and titles of articles in other
+    languages, of which the code of the language is to be learned."""
     held_out: int = 1024
     """Validate on at most so many sequences. None of their lines occurs in training."""
 
