@@ -35,8 +35,8 @@ VALIDATIONS = 8  # of a run, and as many checkpoints
 
 # what a run of each task has otherwise than the preset; where pages are cut at 256 bytes, all of them are as long
 TASKS: dict[str, dict[str, Any]] = {
-    'lines': {'steps': 1200},
-    'pages': {'steps': 400, 'seq_len': 1024, 'batch_size': 8},
+    'lines': {'steps': 1500},
+    'pages': {'steps': 300, 'seq_len': 1024, 'batch_size': 8},
     'mixed': {'steps': 1000},
 }
 

@@ -51,7 +51,7 @@ def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
 
 
 def t_quantile(freedom: int) -> float:
-    """Return the 97.5% quantile of Student's t, right to 4 digits.
+    """Return the 97.5% quantile of Student's t, right to 0.0002.
 
     Past the table it is Abramowitz and Stegun's 26.7.5, a series in 1 / freedom.
     """
