@@ -20,12 +20,14 @@ except ImportError:  # Windows: two runs of one name are not told apart
 
 LONGEST_NAME = 200  # bytes; most file systems take 255
 TOO_LARGE = 2**63  # for a seed, and for any tensor
-MAY_BE_ZERO = ('seed', 'noise')
+MAY_BE_ZERO = ('seed', 'seeds', 'noise', 'warmup_steps', 'uncounted', 'seconds')
 ANY_NUMBER = ('loss_weighting',)  # the wrapper judges it
 
 
 class UsageError(Exception):
     """An option, a file or a run is no good; the message is one line that says why."""
+
+    status = 2  # with which the process ends
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def one_line_errors(script: str) -> Iterator[None]:
         where = f'{error.filename}: ' if isinstance(error, OSError) and error.filename else ''
         why = error.strerror or error if isinstance(error, OSError) else error
         print(f'{script}: {where}{why}', file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, 'status', 2)) from None
     except KeyboardInterrupt:
         print(f'\n{script}: interrupted', file=sys.stderr)
         raise SystemExit(130) from None
@@ -92,8 +94,8 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
-def open_log(path: Path) -> TextIO:
-    """Open the log of a run, empty, and keep it for this process: a second run of one name would break it.
+def open_log(path: Path, *, empty: bool = True) -> TextIO:
+    """Open the log of a run, emptied, and keep it for this process: a second run of one name would break it.
 
     Raises `UsageError` where another process has it.
     """
@@ -104,5 +106,6 @@ def open_log(path: Path) -> TextIO:
         except BlockingIOError as error:
             log.close()
             raise UsageError(f'{path.parent} is being written by another run: choose another --name') from error
-    log.truncate(0)
+    if empty:
+        log.truncate(0)
     return log

@@ -5,7 +5,10 @@
     python examples/train_enwik8.py --layout packed                   # the same loss, no padding
     accelerate launch --multi_gpu examples/train_enwik8.py --preset base
 
-A run leaves config.json, metrics.jsonl and loss_by_length.png in runs/NAME/.
+    python examples/train_enwik8.py --resume --checkpoint-every 50    # goes on where it was stopped, however that was
+    python examples/train_enwik8.py --generate-from runs/NAME --prompt 'The '
+
+A run leaves config.json, metrics.jsonl, loss_by_length.png and its last checkpoint in runs/NAME/.
 
 b - sequences in a batch
 n - positions
@@ -18,9 +21,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +34,22 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from command_line import UsageError, one_line_errors, open_log, writable_folder
-from enwik8.config import Config, resolve, run_name
-from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, report, table
+from command_line import UsageError, judge, one_line_errors, open_log, writable_folder
+from enwik8.checkpoints import CONFIG, Progress, begin, load_weights, register, save
+from enwik8.config import Config, of_run, resolve, run_name
+from enwik8.config_file import load_config
+from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, last_report, report, table
+from enwik8.signals import Stopped, noticed_signals
 from enwik8.text import find_text, read_text
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')  # x-transformers calls it when imported
+    from enwik8.sampling import check_finite, continuations, printable
     from enwik8.sequences import draw, split_text, to_batch
     from x_transformers import Decoder, TransformerWrapper
 
@@ -94,8 +102,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: t.to(device) for name, t in batch.items()}
 
 
-def optimizer_step(accelerator: Accelerator, model: Module, optimizer: Optimizer, micro_batches: list[Batch]) -> float:
-    """Take one step on the loss of all micro-batches of all processes together; return that loss (nats, as weighted).
+def rate(step: int, config: Config) -> float:
+    """Return the part of the learning rate that the step after `step` others takes."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    decayed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return {'none': 1.0, 'linear': 1 - decayed, 'cosine': (1 + math.cos(math.pi * decayed)) / 2}[config.decay]
+
+
+def optimizer_step(
+    accelerator: Accelerator, model: Module, optimizer: Optimizer, schedule: LRScheduler, micro_batches: list[Batch]
+) -> tuple[float, float]:
+    """Take one step on the loss of all micro-batches of all processes together.
+
+    Returns that loss (nats, as weighted) and the norm of its gradient, before it is clipped.
 
     They share one normalizer, so the step is the same however its sequences are spread.
     """
@@ -108,19 +128,22 @@ def optimizer_step(accelerator: Accelerator, model: Module, optimizer: Optimizer
             loss = model(**batch, normalizer=normalizer)
             accelerator.backward(loss)
         total += loss.detach()
-    accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimizer.step()
+    schedule.step()
     optimizer.zero_grad()
-    return accelerator.reduce(total, 'mean').item()
+    return accelerator.reduce(total, 'mean').item(), float(norm)
 
 
-def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], config: Config) -> list[Row]:
+def validate(
+    accelerator: Accelerator, model: Module, held_out: Sequence[bytes], config: Config, quiet: bool = False
+) -> list[Row]:
     """Report on the held-out sequences; each process scores its share of the batches."""
     batch_size = config.batch_size * config.grad_accum
     by_length = sorted(held_out, key=len)  # little padding
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     share = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(share, desc='validation', leave=False, disable=not accelerator.is_main_process)
+    bar = tqdm(share, desc='validation', leave=False, disable=quiet or not accelerator.is_main_process)
     model.eval()
     on_device = (to_device(to_batch(batch), accelerator.device) for batch in bar)
     found = list(costs(accelerator.unwrap_model(model), on_device))
@@ -128,37 +151,40 @@ def validate(accelerator: Accelerator, model: Module, held_out: Sequence[bytes],
     return report(gather_object(found), longest=config.seq_len + 1)
 
 
-@torch.no_grad()
-def sample(accelerator: Accelerator, model: Module, held_out: Sequence[bytes], length: int, step: int) -> str:
+def sample(model: Module, held_out: Sequence[bytes], length: int, step: int) -> str:
     """Return how the model goes on from the beginnings of three held-out sequences."""
     prompts = [sequence[:PROMPT] for sequence in held_out[:3]]
-    batch = to_device(to_batch(prompts), accelerator.device)
-    wrapper = accelerator.unwrap_model(model)
-    check_finite(wrapper(**batch).item(), step)  # nobody can draw from probabilities that are nan
-    generated = wrapper.generate(batch['x'], length, prompt_lens=batch['lens'])  # (b, length)
+    drawn = continuations(model, prompts, length, step)
     return '\n'.join(
-        f'{"-" * 30}\n{printable(prompt)} >>> {printable(bytes(ids))}'
-        for prompt, ids in zip(prompts, generated.tolist(), strict=True)
+        f'{"-" * 30}\n{printable(prompt)} >>> {printable(text)}' for prompt, text in zip(prompts, drawn, strict=True)
     )
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Raise `UsageError` where a training has gone astray."""
-    if not math.isfinite(loss):
-        raise UsageError(f'the loss is not finite at step {step}: --learning-rate may be too large')
+def generate(config: Config) -> None:
+    """Print how a trained model goes on from a prompt."""
+    judge(config)
+    prompt, run = os.fsencode(config.prompt or ''), Path(config.generate_from)
+    if not prompt:
+        raise UsageError('--generate-from wants a --prompt of at least one byte')
+    began = load_config(run / CONFIG)
+    model = build_model(began)
+    step = load_weights(model, run)
+    torch.manual_seed(config.seed)
+    [text] = continuations(model, [prompt], config.generate_length or began.generate_length, step)
+    print(printable(prompt + text))
 
 
-def printable(text: bytes) -> str:
-    """Decode bytes for a terminal."""
-    decoded = text.decode(errors='replace')
-    return ''.join(char if char.isprintable() or char == '\n' else '\N{REPLACEMENT CHARACTER}' for char in decoded)
-
-
-def train(config: Config) -> None:
-    """Run one training, from its options to its report."""
+def train(config: Config, *, on_step: Callable[[int], object] | None = None) -> None:
+    """Run one training, from its options to its report; with `on_step`, say nothing but the steps taken, to that."""
     on_cpu = not any(backend.is_available() for backend in (torch.cuda, torch.xpu, torch.backends.mps))
-    accelerator = Accelerator(cpu=on_cpu)  # on CPU, it joins the processes of torchrun only when told so
-    main, say = accelerator.is_main_process, accelerator.on_main_process(tqdm.write)
+    accelerator = Accelerator(
+        cpu=on_cpu,  # on CPU, it joins the processes of torchrun only when told so
+        log_with=None if config.tracker == 'none' else config.tracker,
+        project_dir='runs',
+        step_scheduler_with_optimizer=False,  # it would step once for each process
+    )
+    main, quiet = accelerator.is_main_process, on_step is not None or not accelerator.is_main_process
+    say = (lambda _: None) if quiet else tqdm.write
 
     config = resolve(config, accelerator.device)
     if config.threads is not None:
@@ -167,55 +193,87 @@ def train(config: Config) -> None:
     model = build_model(config)
     say(f'preset {config.preset}, on {accelerator.device} x {accelerator.num_processes}')
 
-    source = find_text(config.data) if main else ''
+    source = find_text(config.data, say=say) if main else ''
     source = broadcast_object_list([source])[0]
     split = split_text(read_text(source, config.max_bytes), config.sequences, config.seq_len + 1, config.held_out)
     config = replace(config, data=source, name=config.name or run_name(config, source))
     say(f'{source}: {len(split.train):,} {config.sequences} to train on, {len(split.held_out):,} held out')
 
-    model, optimizer = accelerator.prepare(model, Adam(model.parameters(), lr=config.learning_rate))
-    generator = torch.Generator().manual_seed(config.seed)  # of the batches alone
+    if config.compile:
+        model.compile()
+    optimizer = Adam(model.parameters(), lr=config.learning_rate)
+    schedule = LambdaLR(optimizer, lambda step: rate(step, config))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    progress = Progress(config.seed)
+    register(accelerator, progress)
 
     folder = Path('runs') / config.name
-    with open_log(writable_folder(folder) / METRICS) if main else open(os.devnull, 'w') as metrics:
-        if main:
-            (folder / 'config.json').write_text(json.dumps(asdict(config), indent=2) + '\n')
+    with (
+        open_log(writable_folder(folder) / METRICS, empty=False) if main else open(os.devnull, 'w') as metrics,
+        noticed_signals() as wish,
+    ):
+        begin(accelerator, folder, config, metrics)
+        accelerator.init_trackers(config.name if config.tracker == 'tensorboard' else 'train_enwik8', of_run(config))
+        if progress.step:
+            say(f'{folder} goes on after step {progress.step:,}' + ', its last' * (progress.step >= config.steps))
 
         def log(**record: Any) -> None:
             print(json.dumps(record), file=metrics, flush=True)
+            numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+            accelerator.log(numbers, step=record['step'])
 
-        for step in (bar := tqdm(range(1, config.steps + 1), desc='training', disable=not main)):
+        signum = 0
+        steps = range(progress.step + 1, config.steps + 1)
+        for step in (bar := tqdm(steps, 'training', config.steps, initial=progress.step, disable=quiet)):
             start = time.perf_counter()
-            sequences = draw(split.train, config.batch_size * config.grad_accum, generator)  # of all processes
-            loss = optimizer_step(accelerator, model, optimizer, micro_batches_of(sequences, config, accelerator))
+            sequences = draw(split.train, config.batch_size * config.grad_accum, progress.generator)  # of all processes
+            micro_batches = micro_batches_of(sequences, config, accelerator)
+            learning_rate = schedule.get_last_lr()[0]
+            loss, norm = optimizer_step(accelerator, model, optimizer, schedule, micro_batches)
             check_finite(loss, step)
-            tokens_per_second = sum(map(len, sequences)) / (time.perf_counter() - start)
-            bar.set_postfix(loss=f'{loss:.3f}', tokens_per_second=f'{tokens_per_second:,.0f}', refresh=False)
-            log(step=step, train_loss=loss, tokens_per_second=round(tokens_per_second))
+            speed = round(sum(map(len, sequences)) / (time.perf_counter() - start))
+            bar.set_postfix(loss=f'{loss:.3f}', tokens_per_second=f'{speed:,}', refresh=False)
+            log(step=step, train_loss=loss, grad_norm=norm, learning_rate=learning_rate, tokens_per_second=speed)
 
             is_last = step == config.steps
             if is_last or step % config.validate_every == 0:
-                rows = validate(accelerator, model, split.held_out, config)
+                rows = validate(accelerator, model, split.held_out, config, quiet)
                 over_tokens, over_sequences = rows[-1].over_tokens, rows[-1].over_sequences
                 check_finite(over_tokens, step)
                 log(step=step, bits_per_byte=[row._asdict() for row in rows])
                 say(f'step {step:,}: {over_tokens:.3f} bits per byte over tokens, {over_sequences:.3f} over sequences')
-            if main and (is_last or step % config.generate_every == 0):
-                say(sample(accelerator, model, split.held_out, config.generate_length, step))
+            if not quiet and (is_last or step % config.generate_every == 0):
+                say(sample(accelerator.unwrap_model(model), split.held_out, config.generate_length, step))
 
-    say(f'\n{table(rows)}\n')
-    if main:
+            progress.step, signum = step, wish.of_any(accelerator)
+            if is_last or signum or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                save(accelerator, folder, step)
+            if on_step is not None:
+                on_step(step)
+            if signum:
+                break
+
+    is_whole = progress.step >= config.steps
+    if is_whole and main:
+        rows = last_report(folder).rows
         draw_by_length({config.name: rows}, folder / PICTURE)
-    say(f'{folder}: config.json, {METRICS}, {PICTURE}')
+        say(f'\n{table(rows)}\n\n{folder}: {CONFIG}, {METRICS}, {PICTURE}')
     accelerator.wait_for_everyone()
-    model, optimizer = accelerator.free_memory(model, optimizer)  # the last owner of a process group may hang
     accelerator.end_training()
+    model, optimizer, schedule = accelerator.free_memory(model, optimizer, schedule)
+    if not is_whole:
+        raise Stopped(f'stopped after step {progress.step:,}: --resume goes on from {folder}', signum)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Train as the command line says; exit with 2 and one line where it, or the text, is no good."""
+    """Do what the command line says; exit with 2 and one line where it, or the text, is no good."""
     with one_line_errors(Path(__file__).name):
-        train(tyro.cli(Config, args=args))
+        config = tyro.cli(Config, args=args)
+        if config.config is not None:
+            config = tyro.cli(Config, args=args, default=load_config(Path(config.config)))
+        if config.prompt is not None and config.generate_from is None:
+            raise UsageError('--prompt goes with --generate-from')
+        train(config) if config.generate_from is None else generate(config)
 
 
 if __name__ == '__main__':

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written(folder, capsys):
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no disk that is always full')
 def test_a_full_disk_is_one_line(folder, capsys):
     (folder / 'runs' / 'full').mkdir(parents=True)
-    (folder / 'runs' / 'full' / 'config.json').symlink_to('/dev/full')
+    (folder / 'runs' / 'full' / 'config.json.part').symlink_to('/dev/full')
     line = refusal(capsys, train_enwik8.main, [*TINY, '--steps', '1', '--name', 'full'])
     assert line.startswith('train_enwik8.py: ')
     assert line.endswith('No space left on device')

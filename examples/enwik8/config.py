@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from command_line import UsageError, judge
+from accelerate.tracking import get_available_trackers
+from command_line import UsageError, flag, judge
 
 Weighting = Literal['token', 'sequence', 'square', 'padded', 'sequence_sum']
 NAMES: dict[Any, str] = {0.0: 'token', 0.5: 'square', 1.0: 'sequence'}  # of the powers p that have one
@@ -39,9 +40,10 @@ class Config:
     Python; or the path of a raw, .gz or .zip file."""
     max_bytes: int | None = None
     """Read no more of the text than this."""
-    sequences: Literal['lines', 'pages', 'windows'] = 'lines'
+    sequences: Literal['lines', 'pages', 'windows', 'mixed'] = 'lines'
     """'lines': each distinct non-blank line; 'pages': each <page>, both as long as they are, up to seq_len + 1 bytes;
-    'windows': random crops of seq_len + 1 bytes."""
+    'windows': random crops of seq_len + 1 bytes; 'mixed': one to one, long lines, and titles of articles in other
+    languages, of which the code of the language is to be learned."""
     held_out: int = 1024
     """Validate on at most so many sequences. None of their lines occurs in training."""
 
@@ -68,12 +70,24 @@ class Config:
     unpad: bool = False
     """Of padded rows, compute the real bytes alone: packed on the way where that is quicker. The loss is the same."""
     learning_rate: float | None = None
+    warmup_steps: int = 0
+    """The learning rate rises over so many steps."""
+    decay: Literal['none', 'cosine', 'linear'] = 'none'
+    """How the learning rate falls to zero by the last step."""
     steps: int | None = None
     """Optimizer steps."""
     validate_every: int | None = None
     generate_every: int | None = None
     generate_length: int | None = None
 
+    checkpoint_every: int | None = None
+    """Steps from one checkpoint to the next. There is one at the end, and after Ctrl-C or SIGTERM, in any case."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run of this name; start afresh where there is none."""
+    tracker: Literal['none', 'tensorboard', 'wandb'] = 'none'
+    """Where the metrics go beside runs/NAME/metrics.jsonl."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     threads: int | None = None
     """Of the CPU. None: as many as torch takes by itself."""
     seed: int = 0
@@ -82,6 +96,22 @@ class Config:
     """The results go to runs/NAME, over those of an earlier run. None: the data, the sequences, the weighting,
     and the layout where it is not padded."""
 
+    config: str | None = None
+    """Start from the options in this file, a run's config.json or YAML; those on the command line come after it.
+    The name of the run is among them."""
+    generate_from: str | None = None
+    """Train nothing: draw a continuation of --prompt from the last checkpoint of a run, runs/NAME."""
+    prompt: str | None = None
+    """The beginning of a text."""
+
+
+FOR_ONE_CALL = ('resume', 'config', 'generate_from', 'prompt')  # no part of a run
+# what a run may go on with otherwise than it began: its steps end later, and are as they were
+CHANGEABLE = (
+    *FOR_ONE_CALL, 'preset', 'steps', 'validate_every', 'generate_every', 'generate_length', 'checkpoint_every',
+    'tracker', 'compile', 'threads', 'name',
+)  # fmt: skip
+
 
 def resolve(config: Config, device: torch.device) -> Config:
     """Fill in what was left out, by the preset for this device. Raises `UsageError`."""
@@ -89,10 +119,27 @@ def resolve(config: Config, device: torch.device) -> Config:
     chosen = {name: value for name, value in asdict(config).items() if value is not None}
     config = Config(**(PRESETS[preset] | chosen | {'preset': preset}))
     judge(config)
-    for flag, is_on in {'--layout packed': config.layout == 'packed', '--unpad': config.unpad}.items():
+    for option, is_on in {'--layout packed': config.layout == 'packed', '--unpad': config.unpad}.items():
         if is_on and config.orthog_values:
-            raise UsageError(f'{flag} goes with --orthog-values False: those mix the sequences of a row')
+            raise UsageError(f'{option} goes with --orthog-values False: those mix the sequences of a row')
+    if config.tracker not in ('none', *map(str, get_available_trackers())):
+        raise UsageError(f'--tracker {config.tracker} wants its package: pip install {config.tracker}')
     return config
+
+
+def of_run(config: Config) -> dict[str, Any]:
+    """Return what a run's config.json holds."""
+    return {name: value for name, value in asdict(config).items() if name not in FOR_ONE_CALL}
+
+
+def check_resumed(config: Config, before: Config, folder: Path) -> None:
+    """Check that a run goes on as it began. Raises `UsageError`."""
+    for field, value in asdict(config).items():
+        began = getattr(before, field)
+        is_fixed = field not in CHANGEABLE or (field == 'steps' and config.decay != 'none')
+        if is_fixed and value != began:
+            advice = f'--config {folder / "config.json"} has its options'
+            raise UsageError(f'--resume: {folder} began with {flag(field)} {began}, not {value}: {advice}')
 
 
 def run_name(config: Config, source: str) -> str:

@@ -31,11 +31,20 @@ METRICS, PICTURE = 'metrics.jsonl', 'loss_by_length.png'  # files of a run
 
 
 class SequenceCost(NamedTuple):
-    """One sequence: its length in bytes, the bytes predicted, and the bits they cost together."""
+    """One sequence: its length in bytes, the bytes predicted, and the bits they cost together.
+
+    Of an answer, whether each of its bytes was the most likely one: it would have been generated, byte by byte.
+    """
 
     length: int
     targets: int
     bits: float
+    is_right: bool = False
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it begins with bytes that are no targets."""
+        return self.targets < self.length - 1
 
 
 class Row(NamedTuple):
@@ -46,16 +55,24 @@ class Row(NamedTuple):
     targets: int
     over_tokens: float
     over_sequences: float
+    right: float | None = None  # the part of them that was right, of answers
 
 
 @torch.no_grad()
 def costs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[SequenceCost]:
     """Yield the cost of every sequence that has a target, from batches of token ids x (b, n) and lengths lens (b,)."""
     for batch in batches:
-        _, breakdown = model(**batch, return_breakdown=True)
-        targets = (breakdown.weight > 0).sum(dim=-1)  # (b,)
+        has_answers = 'loss_mask' in batch
+        _, *outputs, breakdown = model(**batch, return_outputs=has_answers, return_breakdown=True)
+        is_target = breakdown.weight > 0  # (b, n-1)
+        targets = is_target.sum(dim=-1)  # (b,)
         bits = breakdown.token_loss.double().sum(dim=-1) / math.log(2)  # (b,)
-        for cost in zip(batch['lens'].tolist(), targets.tolist(), bits.tolist(), strict=True):
+        is_right = torch.zeros_like(targets, dtype=torch.bool)
+        if has_answers:
+            [(logits, _)] = outputs
+            is_right = ((logits.argmax(dim=-1) == batch['x'][:, 1:]) | ~is_target).all(dim=-1)
+        columns = (batch['lens'], targets, bits, is_right)
+        for cost in zip(*(column.tolist() for column in columns), strict=True):
             if cost[1] > 0:
                 yield SequenceCost(*cost)
 
@@ -63,9 +80,14 @@ def costs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Se
 def report(costs: Iterable[SequenceCost], longest: int | None = None) -> list[Row]:
     """Return one row for each bucket of lengths that is not empty, and one for all sequences.
 
-    `longest` is where sequences were cut: the last bucket ends there.
+    `longest` is where sequences were cut: the last bucket ends there. Where there are answers, they are the first row
+    and the prose is the second.
     """
     costs = list(costs)
+    if any(cost.is_answer for cost in costs):
+        kinds = {'answers': [cost for cost in costs if cost.is_answer]}
+        kinds['prose'] = [cost for cost in costs if not cost.is_answer]
+        return [summary(name, group) for name, group in (kinds | {'all': costs}).items() if group]
     edges = [edge for edge in EDGES if longest is None or edge <= longest]
     edges.append(longest + 1 if longest else 1 << 62)
     groups: dict[str, list[SequenceCost]] = {}
@@ -80,21 +102,23 @@ def summary(name: str, costs: list[SequenceCost]) -> Row:
     targets = sum(cost.targets for cost in costs)
     over_tokens = sum(cost.bits for cost in costs) / targets
     over_sequences = sum(cost.bits / cost.targets for cost in costs) / len(costs)
-    return Row(name, len(costs), targets, over_tokens, over_sequences)
+    right = sum(cost.is_right for cost in costs) / len(costs) if all(cost.is_answer for cost in costs) else None
+    return Row(name, len(costs), targets, over_tokens, over_sequences, right)
 
 
 def table(rows: list[Row]) -> str:
     """Return the rows as text, aligned."""
     head = f'{"length in bytes":>15}  {"sequences":>9}  {"bytes":>9}  {"over tokens":>11}  {"over sequences":>14}'
-    body = ('{:>15}  {:>9,}  {:>9,}  {:>11.3f}  {:>14.3f}'.format(*row) for row in rows)
+    body = ('{:>15}  {:>9,}  {:>9,}  {:>11.3f}  {:>14.3f}'.format(*row[:5]) for row in rows)
     title = 'bits per byte, mean'.rjust(len(head))
-    return '\n'.join((title, head, '-' * len(head), *body))
+    right = (f'{100 * row.right:.1f}% of the {row.lengths} are right' for row in rows if row.right is not None)
+    return '\n'.join((title, head, '-' * len(head), *body, *right))
 
 
 def draw_by_length(reports: dict[str, list[Row]], path: Path) -> None:
     """Draw each run's bits per byte by length of sequence, beside its means over tokens and over sequences."""
     names = {row.lengths for rows in reports.values() for row in rows} - {'all'}
-    lengths = sorted(names, key=lambda name: int(name.split()[0]))
+    lengths = sorted(names, key=place)
     groups = [*lengths, 'all: over tokens', 'all: over sequences']
     figure = Figure(figsize=(len(groups) * max(1.4, 0.6 * len(reports)) + 2, 4.5), layout='constrained')
     axes = figure.add_subplot()
@@ -116,6 +140,12 @@ def draw_by_length(reports: dict[str, list[Row]], path: Path) -> None:
     columns = max(1, int(figure.get_figwidth() / 4))  # the longest label takes less than 4 inches
     figure.legend(frameon=False, ncols=min(columns, len(reports)), loc='outside upper center')
     figure.savefig(path, dpi=144)
+
+
+def place(lengths: str) -> tuple[int, str]:
+    """Return by what groups of sequences are sorted: by length; answers before prose."""
+    first = lengths.split()[0]
+    return (int(first), '') if first.isdigit() else (0, first)
 
 
 class LastReport(NamedTuple):

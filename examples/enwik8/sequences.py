@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
+from enwik8.mixed import Answer, counted, split_mixed
 from enwik8.text import DataError
 from torch import Generator, Tensor
 
@@ -31,7 +32,7 @@ class Split(NamedTuple):
 
 
 def split_text(text: bytes, kind: str, max_len: int, max_held_out: int) -> Split:
-    """Make sequences of at most `max_len` bytes by `kind`: 'lines', 'pages' or 'windows'.
+    """Make sequences of at most `max_len` bytes by `kind`: 'lines', 'pages', 'windows' or 'mixed'.
 
     Which are held out, and which `max_held_out` of those are kept, follows from their checksums: it is the same
     for every seed.
@@ -68,7 +69,7 @@ def split_windows(text: bytes, max_len: int) -> Split:
     return Split(Windows(text[:middle], max_len), [held_out[start : start + max_len] for start in starts])
 
 
-SPLITS = {'lines': split_lines, 'pages': split_pages, 'windows': split_windows}
+SPLITS = {'lines': split_lines, 'pages': split_pages, 'windows': split_windows, 'mixed': split_mixed}
 
 
 def hold_out(sequences: Sequence[bytes]) -> Split:
@@ -109,7 +110,13 @@ def draw(sequences: Sequence[bytes], count: int, generator: Generator) -> list[b
 def to_batch(sequences: Sequence[bytes], layout: str = 'padded', row_len: int | None = None) -> dict[str, Tensor]:
     """Return what the wrapper's forward takes: token ids, x (b, n) int64, and lens (b,) or segment_ids (b, n).
 
-    'padded': a row for each sequence; 'packed': rows of `row_len` tokens, each of several sequences.
+    'padded': a row for each sequence; 'packed': rows of `row_len` tokens, each of several sequences. Where there are
+    answers to titles, also loss_mask (b, n).
     """
-    ids = [torch.tensor(list(sequence)) for sequence in sequences]
-    return collate(ids, layout=layout, max_len=row_len if layout == 'packed' else None)
+    examples = [{'x': torch.tensor(list(sequence))} for sequence in sequences]
+    if any(isinstance(sequence, Answer) for sequence in sequences):
+        examples = [
+            example | {'loss_mask': torch.tensor(counted(sequence))}
+            for example, sequence in zip(examples, sequences, strict=True)
+        ]
+    return collate(examples, layout=layout, max_len=row_len if layout == 'packed' else None)

@@ -15,6 +15,7 @@ import lzma
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from http.client import HTTPException, HTTPResponse
@@ -38,7 +39,7 @@ class DataError(UsageError):
     """The text cannot be had, read or used; the message is one line that says why."""
 
 
-def find_text(data: str, folder: Path = Path('data')) -> str:
+def find_text(data: str, folder: Path = Path('data'), say: Callable[[str], object] = print) -> str:
     """Return the source that `data` names: the path of a file, or 'builtin'.
 
     'auto' is the first of `folder`/enwik8, .gz and .zip that is there; else enwik8.zip, downloaded to `folder`; else,
@@ -55,7 +56,7 @@ def find_text(data: str, folder: Path = Path('data')) -> str:
         response = connect()
     except (OSError, HTTPException, FutureTimeoutError) as error:
         why = str(error) or 'timed out'
-        print(f'no {folder / "enwik8"}[.gz|.zip], no network ({why}): training on the documentation of Python')
+        say(f'no {folder / "enwik8"}[.gz|.zip], no network ({why}): training on the documentation of Python')
         return BUILTIN
     with response:
         return str(download(response, folder / 'enwik8.zip'))
