@@ -94,8 +94,8 @@ def writable_folder(folder: Path) -> Path:
     return folder
 
 
-def open_log(path: Path, *, empty: bool = True) -> TextIO:
-    """Open the log of a run, emptied, and keep it for this process: a second run of one name would break it.
+def open_log(path: Path) -> TextIO:
+    """Open the log of a run, and keep it for this process: a second run of one name would break it.
 
     Raises `UsageError` where another process has it.
     """
@@ -106,6 +106,4 @@ def open_log(path: Path, *, empty: bool = True) -> TextIO:
         except BlockingIOError as error:
             log.close()
             raise UsageError(f'{path.parent} is being written by another run: choose another --name') from error
-    if empty:
-        log.truncate(0)
     return log

@@ -47,7 +47,7 @@ def test_peers_agree(bench: ModuleType) -> None:
 
 
 def test_one_shape(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(bench.Config(**TINY, uncounted=0.5, memory=False, out=tmp_path)) == 0
+    bench.compare(bench.Config(**TINY, uncounted=0.5, memory=False, out=tmp_path))
     out = capsys.readouterr().out
     for peer in (*bench.HEADS, bench.STEP_UPSTREAM, bench.STEP_OURS):
         assert f'| {peer} |' in out
@@ -75,7 +75,7 @@ def test_suite(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = bench.suite_table(rows)
     assert table.count('\n') == len(rows) + 1
     assert '| over |' in table
-    bench.draw(comparisons, tmp_path / 'runs' / 'bench_loss.png')
+    bench.draw(comparisons, tmp_path / 'bench_loss.png')
 
 
 def test_traffic(bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_traffic(bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypa
     if not has_compiler():
         peers = {name: peer for name, peer in bench.HEADS.items() if name != bench.OURS}
         monkeypatch.setattr(bench, 'HEADS', peers | {bench.OURS: lambda p: None})
-    assert bench.main(bench.Config(**TINY | {'vocab': 4096, 'tokens': 512}, traffic=True)) == 0
+    bench.compare(bench.Config(**TINY | {'vocab': 4096, 'tokens': 512}, traffic=True))
     rows = dict(line.strip('| ').split(' | ', 1) for line in capsys.readouterr().out.splitlines() if ' | ' in line)
     assert rows['F.cross_entropy, flat'] == '32.0 | 16.0'
     assert rows.keys() >= bench.HEADS.keys() - {bench.PRODUCTS, bench.BY_COLUMNS} | {
@@ -138,17 +138,6 @@ def test_memory_in_a_process_of_its_own(bench: ModuleType) -> None:
     logits = 4 * shape.tokens * shape.vocab
     memory = bench.measure_memory([(bench.PRODUCTS, shape)], threads=1)
     assert logits <= memory[bench.PRODUCTS, shape] <= 1.5 * logits
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [({'uncounted': 1.0}, '--uncounted must be in'), ({'vocab': 0}, '--vocab must be at least 1, got 0')],
-)
-def test_bad_options(
-    bench: ModuleType, options: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert bench.main(bench.Config(**TINY | options)) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_unpad_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -45,6 +45,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+from command_line import UsageError, judge, one_line_errors, writable_folder
 from palette import LIBRARIES, OTHERS
 
 MIB = 2**20
@@ -153,7 +154,6 @@ def draw(comparisons: list[Comparison], path: Path) -> None:
         for axes in (left, right):
             axes.margins(x=0.14)
             axes.spines[['top', 'right']].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144)
 
 
@@ -274,24 +274,22 @@ def measured_times(config: Config, runs: list[Run], title: str) -> Times:
     return measure_times(runs, rounds=config.rounds, seconds=config.seconds, title=title)
 
 
-def check(config: Config) -> str | None:
-    """Return what is wrong with the options, in one line."""
-    sizes = {name: getattr(config, name) for name in ('vocab', 'dim', 'tokens', 'depth', 'rounds')}
-    for name, value in sizes.items():
-        if value < 1:
-            return f'--{name} must be at least 1, got {value}'
-    if not 0 <= config.uncounted < 1:
-        return f'--uncounted must be in [0, 1), got {config.uncounted}'
+def check(config: Config) -> None:
+    """Judge the options. Raises `UsageError`."""
+    judge(config)
+    if config.uncounted >= 1:
+        raise UsageError(f'--uncounted must be in [0, 1), got {config.uncounted}')
+    if config.tokens < 2:
+        raise UsageError(f'--tokens must be at least 2: one predicts nothing, got {config.tokens}')
     if config.device == 'cuda' and not torch.cuda.is_available():
-        return '--device cuda: no CUDA device here'
-    return None
+        raise UsageError('--device cuda: no CUDA device here')
+    if config.memory and not config.traffic and config.device == 'cpu' and not Path('/proc/self/status').exists():
+        raise UsageError('--no-memory is wanted: on a CPU, peak memory is measured on Linux only')
 
 
-def main(config: Config) -> int:
+def compare(config: Config) -> None:
     """Measure, print and draw."""
-    if wrong := check(config):
-        print(wrong, file=sys.stderr)
-        return 2
+    check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -307,7 +305,8 @@ def main(config: Config) -> int:
     )
     if config.traffic:
         print(traffic_table(shape))
-        return 0
+        return
+    picture = writable_folder(config.out) / 'bench_loss.png'
     comparisons, rows = suite(config, suite_shapes(shape)) if config.suite else one_shape(config, shape)
 
     where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} threads'
@@ -316,10 +315,15 @@ def main(config: Config) -> int:
         print(f'\n{comparison_table(comparison)}')
     if rows:
         print(f'\n{suite_table(rows)}')
-    draw(comparisons, config.out / 'bench_loss.png')
-    print(f'\n{config.out / "bench_loss.png"}')
-    return 0
+    draw(comparisons, picture)
+    print(f'\n{picture}')
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Compare as the command line says."""
+    with one_line_errors(Path(__file__).name):
+        compare(tyro.cli(Config, args=args, description=__doc__))
 
 
 if __name__ == '__main__':
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    main()

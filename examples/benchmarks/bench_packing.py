@@ -123,7 +123,7 @@ def measure(
             losses.append(loss)
             if round_ > 0:  # the first warms up
                 speeds[name].append(sum(map(len, batch)) / seconds)
-        difference = max(difference, *(abs(loss - losses[0]) / losses[0] for loss in losses))
+        difference = max(difference, *(abs(loss - losses[0]) / max(losses[0], 1e-9) for loss in losses))
     return speeds, difference
 
 

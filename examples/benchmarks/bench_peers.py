@@ -314,6 +314,9 @@ def resident(field: str) -> int:
 
 
 if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        print('bench_peers.py: run bench_loss.py, of which this is a part', file=sys.stderr)
+        sys.exit(2)
     name, fields, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     *sizes, dtype = fields

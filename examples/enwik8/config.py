@@ -12,6 +12,7 @@ from command_line import UsageError, flag, judge
 
 Weighting = Literal['token', 'sequence', 'square', 'padded', 'sequence_sum']
 NAMES: dict[Any, str] = {0.0: 'token', 0.5: 'square', 1.0: 'sequence'}  # of the powers p that have one
+HEAD = 64  # the width of one, as x-transformers has it; a single head is not projected back
 
 # base is x-transformers' own train_enwik8.py
 PRESETS: dict[str, dict[str, Any]] = {
@@ -119,12 +120,20 @@ def resolve(config: Config, device: torch.device) -> Config:
     chosen = {name: value for name, value in asdict(config).items() if value is not None}
     config = Config(**(PRESETS[preset] | chosen | {'preset': preset}))
     judge(config)
+    if config.prompt is not None:
+        raise UsageError('--prompt goes with --generate-from')
+    if config.heads == 1 and config.dim != HEAD:
+        raise UsageError(f'--heads 1 goes with --dim {HEAD}, the width of a head, got {config.dim}')
     for option, is_on in {'--layout packed': config.layout == 'packed', '--unpad': config.unpad}.items():
         if is_on and config.orthog_values:
             raise UsageError(f'{option} goes with --orthog-values False: those mix the sequences of a row')
-    if config.tracker not in ('none', *map(str, get_available_trackers())):
-        raise UsageError(f'--tracker {config.tracker} wants its package: pip install {config.tracker}')
     return config
+
+
+def check_tracker(tracker: str) -> None:
+    """Check that the package of a tracker is there. Raises `UsageError`."""
+    if tracker not in ('none', *map(str, get_available_trackers())):
+        raise UsageError(f'--tracker {tracker} wants its package: pip install {tracker}')
 
 
 def of_run(config: Config) -> dict[str, Any]:

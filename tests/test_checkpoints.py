@@ -1,0 +1,304 @@
+"""A run that is stopped, in whatever way, goes on and ends as one that was not; its options come from a file too."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+import train_enwik8  # noqa: E402
+from command_line import UsageError  # noqa: E402
+from enwik8 import checkpoints, config, signals  # noqa: E402
+from enwik8.config import Config  # noqa: E402
+from enwik8.config_file import load_config  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+TINY = Config(
+    data='builtin', max_bytes=20_000, preset='tiny', dim=16, depth=1, heads=2, seq_len=16, batch_size=2, held_out=4,
+    steps=6, validate_every=2, generate_every=4, generate_length=2, name='run',
+)  # fmt: skip
+ARGS = (
+    '--data builtin --max-bytes 20000 --preset tiny --dim 16 --depth 1 --heads 2 --seq-len 16 --batch-size 2 '
+    '--held-out 4 --steps 6 --validate-every 2 --generate-every 4 --generate-length 2 --name run'
+).split()
+RUN = Path('runs', 'run')
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(**options) -> None:
+    """Train without a word."""
+    train_enwik8.train(replace(TINY, **options), on_step=lambda _: None)
+
+
+def state(run: Path) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
+    """Return all that a run ends with: its metrics but for the speeds, its weights, its place in every stream."""
+    lines = (run / 'metrics.jsonl').read_text().splitlines()
+    metrics = [{name: v for name, v in json.loads(line).items() if name != 'tokens_per_second'} for line in lines]
+    checkpoint = checkpoints.last_checkpoint(run)
+    progress = torch.load(checkpoint / 'custom_checkpoint_0.pkl', weights_only=False)
+    return metrics, load_file(checkpoint / 'model.safetensors'), progress
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Check that two runs ended alike, to the bit."""
+    (metrics, weights, progress), (metrics_, weights_, progress_) = state(run), state(other)
+    assert metrics == metrics_
+    assert weights.keys() == weights_.keys()
+    assert all(torch.equal(w, weights_[name]) for name, w in weights.items())
+    assert progress['step'] == progress_['step']
+    assert torch.equal(progress['batches'], progress_['batches'])
+    assert torch.equal(progress['samples'], progress_['samples'])
+
+
+def names(run: Path = RUN) -> list[str]:
+    """Return what lies in the folder of a run."""
+    return sorted(path.name for path in run.iterdir())
+
+
+# killed
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes do not fork here')
+def test_a_killed_run_ends_as_one_that_was_not(folder):
+    """At random moments; at each change of the disk, in the middle of a save too; by a second signal."""
+    environment = {**os.environ, 'PYTHONPATH': str(EXAMPLES.parent), 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, str(Path(__file__).with_name('killer.py')), '3', '0']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kills = int(done.stdout.partition('kills: ')[2].split()[0])
+    assert kills >= 15  # a save alone changes the disk so often
+    for name in ('random', 'operations'):
+        assert_same(Path('runs', name), Path('runs', 'whole'))
+        assert names(Path('runs', name)) == ['checkpoint-24', 'config.json', 'loss_by_length.png', 'metrics.jsonl']
+    assert checkpoints.last_checkpoint(Path('runs', 'twice')) is None
+
+
+# asked to stop
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(monkeypatch, capsys, signum):
+    train_enwik8.main([*ARGS, '--name', 'whole'])
+    draw, handlers, drawn = train_enwik8.draw, [signal.getsignal(each) for each in signals.SIGNALS], []
+
+    def interrupted(*args):
+        drawn.append(0)
+        if len(drawn) == 3:
+            signal.raise_signal(signum)
+        return draw(*args)
+
+    monkeypatch.setattr(train_enwik8, 'draw', interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train_enwik8.main(ARGS)
+    assert stop.value.code == 128 + signum
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'train_enwik8.py: stopped after step 3: --resume goes on from runs/run'
+    )
+    assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers
+    assert names() == ['checkpoint-3', 'config.json', 'metrics.jsonl']
+    train_enwik8.main([*ARGS, '--resume'])
+    assert_same(RUN, Path('runs', 'whole'))
+
+
+# going on
+
+
+def test_resume_starts_afresh_where_there_is_nothing_and_ends_where_all_is_done(monkeypatch, capsys):
+    train_enwik8.main([*ARGS, '--resume'])
+    before = state(RUN)[0]
+    capsys.readouterr()
+    monkeypatch.setattr(train_enwik8, 'draw', None)  # nothing is trained
+    train_enwik8.main([*ARGS, '--resume'])
+    assert 'runs/run: 6 of 6 steps are taken' in capsys.readouterr().out.replace('\\', '/')
+    assert state(RUN)[0] == before
+
+
+def test_more_steps_and_a_run_over_an_earlier_one():
+    train(steps=4)
+    train(steps=6, resume=True, threads=1)
+    train(steps=6, name='whole')
+    assert_same(RUN, Path('runs', 'whole'))
+    train(steps=2)
+    assert names() == ['checkpoint-2', 'config.json', 'loss_by_length.png', 'metrics.jsonl']
+    assert [record['step'] for record in state(RUN)[0]] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'seed': 1}, '--resume: runs/run began with --seed 0, not 1: '),
+        ({'loss_weighting': 'square'}, '--resume: runs/run began with --loss-weighting None, not square: '),
+        ({'dim': 32}, '--resume: runs/run began with --dim 16, not 32: '),
+    ],
+)
+def test_a_run_goes_on_with_its_own_options(options, message):
+    train(steps=2)
+    before = (RUN / 'metrics.jsonl').read_bytes()
+    with pytest.raises(UsageError) as refusal:
+        train(steps=4, resume=True, **options)
+    assert str(refusal.value) == message + '--config runs/run/config.json has its options'
+    assert (RUN / 'metrics.jsonl').read_bytes() == before
+    assert names() == ['checkpoint-2', 'config.json', 'loss_by_length.png', 'metrics.jsonl']
+
+
+def test_the_end_of_a_decay_is_fixed():
+    train(steps=2, decay='linear')
+    with pytest.raises(UsageError, match='began with --steps 2, not 4'):
+        train(steps=4, decay='linear', resume=True)
+
+
+# a disk that takes no more
+
+
+@pytest.mark.parametrize('where', ['os.fsync', 'torch.save', 'os.rename'])
+def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch, capsys, where):
+    train(steps=2)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device') if where[0] == 'o' else RuntimeError('writing failed\n.')
+
+    def fill(step: int) -> None:
+        module, name = where.split('.')
+        monkeypatch.setattr({'os': os, 'torch': torch}[module], name, full)
+
+    with pytest.raises(
+        UsageError, match=r'^cannot write a checkpoint to runs.run: (No space left|writing failed)[^\n]*$'
+    ):
+        train_enwik8.train(replace(TINY, steps=6, checkpoint_every=4, resume=True), on_step=fill)
+    assert [name for name in names() if 'checkpoint' in name] == ['checkpoint-2']
+
+
+# options from a file
+
+
+def test_a_file_gives_options_and_the_command_line_comes_after(folder):
+    train(loss_weighting='square', equal_loss_weight_batch=False)
+    path = RUN / 'config.json'
+    assert load_config(path) == config.resolve(replace(TINY, loss_weighting='square'), torch.device('cpu'))
+    train_enwik8.main(['--config', str(path), '--steps', '3', '--name', 'other'])
+    assert load_config(Path('runs', 'other', 'config.json')) == replace(load_config(path), steps=3, name='other')
+
+
+def test_yaml_by_hand(folder):
+    (folder / 'a.yaml').write_text(
+        'equal_loss_weight_batch: true\nlearning_rate: 1e-3\nsteps: 3\nloss_weighting: null\n'
+    )
+    assert load_config(Path('a.yaml')) == Config(equal_loss_weight_batch=True, learning_rate=1e-3, steps=3)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('stesp: 3', "a.yaml: there is no option 'stesp'"),
+        ('steps: three', "a.yaml: steps must be int or null, got 'three'"),
+        ('steps: true', 'a.yaml: steps must be int or null, got True'),
+        ('unpad: 1', 'a.yaml: unpad must be bool, got 1'),
+        ('decay: exponential', "a.yaml: decay must be 'none' or 'cosine' or 'linear', got 'exponential'"),
+        ('resume: true', "a.yaml: there is no option 'resume'"),
+        ('- steps', 'a.yaml must hold options by name'),
+        ('steps: [', 'a.yaml: while parsing '),
+        ('steps: -1', '--steps must be at least 1, got -1'),
+        (None, 'cannot read a.yaml: No such file or directory'),
+    ],
+)
+def test_a_file_that_is_no_good_is_one_line(folder, capsys, text, message):
+    if text is not None:
+        (folder / 'a.yaml').write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        train_enwik8.main(['--config', 'a.yaml'])
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'train_enwik8.py: {message}')
+
+
+# schedule, gradient, trackers, words
+
+
+def test_the_learning_rate_by_hand():
+    plain, warm = Config(steps=10), Config(steps=10, warmup_steps=4)
+    assert [train_enwik8.rate(step, plain) for step in range(10)] == [1.0] * 10
+    assert [train_enwik8.rate(step, warm) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    linear = [train_enwik8.rate(step, replace(warm, decay='linear')) for step in range(4, 10)]
+    assert linear == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    cosine = [train_enwik8.rate(step, replace(warm, decay='cosine')) for step in range(4, 10)]
+    assert cosine == pytest.approx([0.5 * (1 + math.cos(math.pi * part / 6)) for part in range(6)])
+
+
+def test_the_learning_rate_is_that_of_the_schedule():
+    train(warmup_steps=2, decay='linear', learning_rate=1e-3)
+    rates = [record['learning_rate'] for record in state(RUN)[0] if 'learning_rate' in record]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_the_norm_of_the_gradient_is_that_before_it_is_clipped(monkeypatch):
+    train(steps=1)
+    monkeypatch.setattr(train_enwik8, 'MAX_GRAD_NORM', 1e-6)
+    train(steps=1, name='clipped')
+    norms = [state(Path('runs', name))[0][0]['grad_norm'] for name in ('run', 'clipped')]
+    assert norms[0] == norms[1] > 0.1
+
+
+def test_a_tracker_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(config, 'get_available_trackers', lambda: [])
+    with pytest.raises(SystemExit) as stop:
+        train_enwik8.main([*ARGS, '--tracker', 'wandb'])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'train_enwik8.py: --tracker wandb wants its package: pip install wandb\n'
+
+
+def test_whoever_asks_for_the_steps_hears_nothing_else(capsys):
+    taken = []
+    train_enwik8.train(TINY, on_step=taken.append)
+    assert taken == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr() == ('', '')
+
+
+# a prompt
+
+
+def test_a_run_goes_on_from_a_prompt(capsys):
+    train()
+    capsys.readouterr()
+    for prompt in ('T', 'a text that is longer than what the network sees'):
+        train_enwik8.main(['--generate-from', str(RUN), '--prompt', prompt, '--generate-length', '5'])
+        out = capsys.readouterr().out
+        assert out.startswith(prompt)
+        assert 1 <= len(out) - len(prompt) - 1 <= 5  # bytes that are no letter by themselves share a mark
+    weights = load_file(checkpoints.last_checkpoint(RUN) / 'model.safetensors')
+    model = train_enwik8.build_model(load_config(RUN / 'config.json'))
+    assert checkpoints.load_weights(model, RUN) == 6
+    assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items() if name in weights)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ('--generate-from runs/none --prompt a', 'cannot read runs/none/config.json: No such file or directory'),
+        ('--generate-from runs/none', '--generate-from wants a --prompt of at least one byte'),
+        ('--prompt a', '--prompt goes with --generate-from'),
+        ('--preset tiny --heads 1', '--heads 1 goes with --dim 64, the width of a head, got 128'),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        train_enwik8.main(options.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f'train_enwik8.py: {message}\n'
