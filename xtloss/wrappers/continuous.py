@@ -174,11 +174,10 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         return super().key_range(max(1, n - 1), prepended)
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        counting: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
         if given.get('rollout_steps', 1) > 1:
-            return count_rollout(x, given['rollout_steps'], lens=given.get('lens'), mask=given.get('mask'))
-        names = ('lens', 'mask', 'loss_mask', 'seq_start_pos')
-        counting: dict[str, Any] = {name: given.get(name) for name in names}
-        return count_targets(x, **counting)
+            return count_rollout(x, given['rollout_steps'], **counting)
+        return count_targets(x, **counting, seq_start_pos=given.get('seq_start_pos'))
 
     def _is_plain(self, given: dict[str, Any]) -> bool:
         """Whether a mean over all elements is the loss."""
