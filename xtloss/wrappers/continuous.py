@@ -13,6 +13,7 @@ from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstrea
 
 from xtloss.checks import refuse_arguments
 from xtloss.losses.cross_entropy import loss_dtype
+from xtloss.losses.gaussian import gaussian_nll, is_gaussian
 from xtloss.weighting.targets import Targets, count_targets, next_tokens
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, precision_of
@@ -142,7 +143,8 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
         # replaced before the loss, not after: the gradient of what is not finite is NaN, though it be multiplied by 0
         frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
-        losses = self.loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
+        loss_fn = gaussian_nll if is_gaussian(self.loss_fn) else self.loss_fn
+        losses = loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
         losses = losses.to(loss_dtype(losses.dtype))
 
         if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
