@@ -314,6 +314,7 @@ NOTHING: dict[str, dict[str, Any]] = {
     'no rows': {'x': frames()[:0]},
     'no rows, lens': {'x': frames()[:0], 'lens': LENS[:0], 'loss_weight': torch.ones(0, N)},
     'no rows, mask': {'x': frames()[:0], 'mask': REAL[:0], 'loss_weight': torch.ones(0)},
+    'no rows, a normalizer of all ranks': {'x': frames()[:0], 'normalizer': torch.tensor(7.0)},
     'no length': {'x': frames(), 'lens': torch.zeros(B).long()},
     'short rows': {'x': frames() * NAN, 'lens': torch.full((B,), K), 'loss_weight': torch.full((B, N), NAN)},
     'all masked': {'x': frames(), 'mask': torch.zeros(B, N).bool()},

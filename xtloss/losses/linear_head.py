@@ -74,7 +74,7 @@ def why_not_linear(net: Any, arguments: list[str]) -> str | None:
 def _why_not_plain_network(net: Any) -> str | None:
     if type(net) is not TransformerWrapper:
         return f'the network is a {type(net).__name__}, not a TransformerWrapper'
-    if _is_touched(net):
+    if is_touched(net):
         return 'the network has hooks or another forward'
 
     options = {
@@ -94,7 +94,7 @@ def _why_not_plain_network(net: Any) -> str | None:
 
     head = net.to_logits
     if type(head) is nn.Linear:
-        if _is_touched(head):
+        if is_touched(head):
             return 'the head has hooks or another forward'
         weights = [head.weight] if head.bias is None else [head.weight, head.bias]
     elif _is_tied(head, net):
@@ -110,7 +110,7 @@ def _why_not_plain_network(net: Any) -> str | None:
     return None
 
 
-def _is_touched(module: nn.Module) -> bool:
+def is_touched(module: nn.Module) -> bool:
     """Whether something else than the class as it was written runs when the module is called."""
     return (
         any(getattr(module, hooks) for hooks in HOOKS)

@@ -13,6 +13,7 @@ from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstrea
 
 from xtloss.checks import refuse_arguments
 from xtloss.losses.cross_entropy import loss_dtype
+from xtloss.losses.gaussian import gaussian_nll, is_gaussian
 from xtloss.weighting.targets import Targets, count_targets, next_tokens
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, precision_of
@@ -142,7 +143,8 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
         # replaced before the loss, not after: the gradient of what is not finite is NaN, though it be multiplied by 0
         frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
-        losses = self.loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
+        loss_fn = gaussian_nll if is_gaussian(self.loss_fn) else self.loss_fn
+        losses = loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
         losses = losses.to(loss_dtype(losses.dtype))
 
         if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
@@ -174,11 +176,10 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         return super().key_range(max(1, n - 1), prepended)
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
+        counting: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
         if given.get('rollout_steps', 1) > 1:
-            return count_rollout(x, given['rollout_steps'], lens=given.get('lens'), mask=given.get('mask'))
-        names = ('lens', 'mask', 'loss_mask', 'seq_start_pos')
-        counting: dict[str, Any] = {name: given.get(name) for name in names}
-        return count_targets(x, **counting)
+            return count_rollout(x, given['rollout_steps'], **counting)
+        return count_targets(x, **counting, seq_start_pos=given.get('seq_start_pos'))
 
     def _is_plain(self, given: dict[str, Any]) -> bool:
         """Whether a mean over all elements is the loss."""

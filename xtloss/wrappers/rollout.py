@@ -37,10 +37,19 @@ def refuse_rollout(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f'condition must have shape (b, d) in a rollout, got {tuple(condition.shape)}')
 
 
-def count_rollout(x: Tensor, steps: int, *, lens: Tensor | None = None, mask: Tensor | None = None) -> Targets:
+def count_rollout(
+    x: Tensor,
+    steps: int,
+    *,
+    lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    loss_mask: Tensor | None = None,  # of a stand-in for no rows
+) -> Targets:
     """Count the k frames predicted, (b, k), in each row of more than k real frames; known before any is drawn."""
     length = real_positions(x, lens=lens, mask=mask).sum(dim=1, keepdim=True)  # (b, 1)
     counted = length > steps
+    if loss_mask is not None:
+        counted = counted & loss_mask.any(dim=1, keepdim=True)
     lengths = steps * counted
     return Targets(counted.expand(-1, steps), lengths.expand(-1, steps), lengths)
 

@@ -1,0 +1,28 @@
+"""Gaussian negative log-likelihood, without the look at the variance that neither meta tensors nor tracers allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from x_transformers.continuous import GaussianNLL
+
+from xtloss.losses.linear_head import is_touched
+from xtloss.tracing import constant
+
+MIN_VARIANCE = 1e-6
+
+
+@constant
+def is_gaussian(loss_fn: Any) -> bool:
+    """Whether it is x-transformers' loss of a probabilistic network, as it was written."""
+    return type(loss_fn) is GaussianNLL and not is_touched(loss_fn)
+
+
+def gaussian_nll(predicted: Tensor, target: Tensor) -> Tensor:
+    """`F.gaussian_nll_loss` of each element, from a mean and a variance, (2, ...); NaN where that is negative."""
+    mean, variance = predicted
+    least = variance.detach().clamp(min=MIN_VARIANCE).masked_fill(variance < 0, torch.nan)
+    variance = least + (variance - variance.detach())  # its gradient goes on, as in torch
+    return 0.5 * (variance.log() + (mean - target) ** 2 / variance)
