@@ -81,7 +81,7 @@ def run_config(config: Config, weighting: Weighting, seed: int) -> RunConfig:
     own = {field.name for field in fields(RunConfig)} & {field.name for field in fields(Config)} - {'name'}
     given = {name: value for name, value in asdict(config).items() if name in own and value is not None}
     options = PRESETS['tiny'] | TASKS[config.task] | given
-    every = max(1, options['steps'] // VALIDATIONS)
+    every = -(-options['steps'] // VALIDATIONS)  # rounded up: else one comes a few steps before the last
     options |= {'validate_every': every, 'checkpoint_every': every, 'sequences': config.task, 'layout': 'packed'}
     name = f'{config.name}-{weighting}-{seed}'
     return RunConfig(preset='tiny', loss_weighting=weighting, seed=seed, name=name, resume=True, **options)

@@ -48,10 +48,10 @@ class Comparison:
         return difference(self.values(weighting, name), self.values(self.weightings[0], name))
 
     def slopes(self, weighting: str) -> list[float | None]:
-        """Return bits per byte over tokens per 100 steps, over the last quarter of each run's reports, two at least."""
+        """Return bits per byte over tokens per 100 steps, a line through the reports of the second half of each run."""
+        half = self.steps() / 2
         curves = [self.curves[weighting, seed] for seed in self.seeds]
-        tails = [curve[-max(2, len(curve) // 4) :] for curve in curves]
-        return [slope([(step / 100, rows[-1].over_tokens) for step, rows in tail]) for tail in tails]
+        return [slope([(step / 100, rows[-1].over_tokens) for step, rows in c if step >= half]) for c in curves]
 
     def steps(self) -> int:
         """Return how many steps a run took."""
@@ -95,7 +95,8 @@ def report(comparison: Comparison, console: Console) -> None:
         found = [value for value in comparison.slopes(weighting) if value is not None]
         if found:
             console.print(
-                f"'{weighting}' ended at {signed(spread(found).mean)} bits per byte over tokens per 100 steps.",
+                f"'{weighting}' changed by {signed(spread(found).mean)} bits per byte over tokens per 100 steps, in the "
+                'second half.',
                 highlight=False,
             )
 
