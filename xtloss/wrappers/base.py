@@ -118,6 +118,8 @@ class LossWrapper(nn.Module):
             check_dtype(name, mask, 'bool')
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
+        if getattr(self.net, 'has_multiple_heads', False):
+            raise ValueError(f'net must have one head to make logits, got num_output_heads={len(self.net.to_logits)}')
         prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
         check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended))
         return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids})}
