@@ -376,3 +376,18 @@ def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
     for number in (0.0, -1.0, NAN, float('inf')):
         with pytest.raises(ValueError, match='normalizer must be > 0 and finite'):
             model(x, normalizer=number)
+
+
+@pytest.mark.parametrize('kind', [*WRAPPERS, 'continuous'])
+def test_a_normalizer_that_only_float64_tells_from_zero(kind: str) -> None:
+    model, x = continuous() if kind == 'continuous' else (wrapped(kind), ids())
+    loss = model(x, normalizer=torch.tensor(1e-60, dtype=torch.float64))
+    assert loss.item() > 1e37  # float32 has little more
+    loss.backward()
+    assert any((p.grad != 0).any() for p in model.parameters() if p.grad is not None)
+    assert model(x, normalizer=torch.tensor(-1e-60, dtype=torch.float64)).isnan()
+    assert model(x, normalizer=torch.tensor(0.0, dtype=torch.float64)).item() == 0
+    double = model.double()
+    x = x.double() if kind == 'continuous' else x
+    want = double(x, normalizer=torch.tensor(1.0)) / 1e-60
+    torch.testing.assert_close(double(x, normalizer=torch.tensor(1e-60, dtype=torch.float64)), want)
