@@ -107,3 +107,13 @@ def test_fused_is_looked_at_whenever_it_is_used() -> None:
             module(X)
     module.fused = np.bool_(False)
     assert module(X).isfinite()
+
+
+@pytest.mark.parametrize('ours', [AutoregressiveWrapper, XLAutoregressiveWrapper])
+@pytest.mark.parametrize('call', [{}, {'lens': ROWS}, {'return_breakdown': True}])
+def test_networks_of_several_heads(ours: type[nn.Module], call: dict[str, Any]) -> None:
+    """They return a tuple, of which no single loss can be made."""
+    model = ours(decoder(max_seq_len=N, num_output_heads=3))
+    for function in (model, model.loss_normalizer):
+        with pytest.raises(ValueError, match=r'^net must have one head to make logits, got num_output_heads=3$'):
+            function(X, **call)

@@ -290,6 +290,49 @@ def test_ids_before_the_start_may_be_anything() -> None:
     assert narrow.item() == wide.item()
 
 
+# memories beside masks
+
+BESIDE_MEMORIES: dict[str, tuple[Tensor, dict[str, Any]]] = {
+    **{name: padding for name, padding in PADDINGS.items() if name != 'left mask'},  # which puts memories farther away
+    'all keys told': (RIGHT, {'lens': LENS, 'self_attn_kv_mask': torch.ones(B, 3 + N).bool()}),
+}
+REMEMBERING = {
+    'rotary': {**ROTARY, 'use_abs_pos_emb': False},
+    'flash': {**ROTARY, 'use_abs_pos_emb': False, 'layers_attn_flash': True},
+    'memory tokens': {**ROTARY, 'use_abs_pos_emb': False, 'num_memory_tokens': 2},
+    'memory keys': {**ROTARY, 'use_abs_pos_emb': False, 'layers_attn_num_mem_kv': 2},
+}
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+@pytest.mark.parametrize('padding', BESIDE_MEMORIES)
+@pytest.mark.parametrize('network', REMEMBERING)
+@pytest.mark.parametrize('kind', ['plain', 'continuous'])
+def test_memories_beside_masks(kind: str, network: str, padding: str, hidden: bool) -> None:
+    from test_continuous import frames
+    from test_continuous import network as of_frames
+
+    (real, call), tokens = BESIDE_MEMORIES[padding], REMEMBERING[network].get('num_memory_tokens', 0)
+    if kind == 'plain':
+        model, x = wrapped(kind, torch.float64, max_mem_len=8, **REMEMBERING[network]), ids()
+    else:
+        net = of_frames(dtype=torch.float64, max_mem_len=8, **REMEMBERING[network])
+        model, x = ContinuousAutoregressiveWrapper(net), frames(n=N, dtype=torch.float64)
+    if 'self_attn_kv_mask' in call:
+        keys = 3 + tokens + N - (kind == 'continuous')
+        call = {**call, 'self_attn_kv_mask': torch.ones(B, keys).bool()}
+    mems = [torch.randn(B, 3, 16, dtype=torch.float64) for _ in range(2)]
+    seen = torch.tensor([not hidden, True, True])
+    if hidden:
+        call = {**call, 'mem_masks': [seen.expand(B, 3)] * 2}
+    alone = [
+        model(x[row : row + 1, real[row]], mems=[mem[row : row + 1, seen] for mem in mems], normalizer=1.0)
+        for row in range(B)
+    ]
+    got = model(x, mems=mems, **call)
+    assert got.item() == pytest.approx((sum(alone) / (real.sum() - B)).item(), rel=1e-6)
+
+
 # copies of a tied network
 
 
@@ -376,3 +419,18 @@ def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
     for number in (0.0, -1.0, NAN, float('inf')):
         with pytest.raises(ValueError, match='normalizer must be > 0 and finite'):
             model(x, normalizer=number)
+
+
+@pytest.mark.parametrize('kind', [*WRAPPERS, 'continuous'])
+def test_a_normalizer_that_only_float64_tells_from_zero(kind: str) -> None:
+    model, x = continuous() if kind == 'continuous' else (wrapped(kind), ids())
+    loss = model(x, normalizer=torch.tensor(1e-60, dtype=torch.float64))
+    assert loss.item() > 1e37  # float32 has little more
+    loss.backward()
+    assert any((p.grad != 0).any() for p in model.parameters() if p.grad is not None)
+    assert model(x, normalizer=torch.tensor(-1e-60, dtype=torch.float64)).isnan()
+    assert model(x, normalizer=torch.tensor(0.0, dtype=torch.float64)).item() == 0
+    double = model.double()
+    x = x.double() if kind == 'continuous' else x
+    want = double(x, normalizer=torch.tensor(1.0)) / 1e-60
+    torch.testing.assert_close(double(x, normalizer=torch.tensor(1e-60, dtype=torch.float64)), want)

@@ -71,3 +71,12 @@ def test_trust() -> None:
     with pytest.raises(ValueError, match='segment_ids: prepend_embeds is not known'):
         segment_arguments(net, IDS, {}, prepend_embeds=torch.ones(2, 1, 16), trust=True)
     assert segment_arguments(nn.Linear(2, 2), IDS, {}, trust=True).keys() == {'attn_mask'}
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_ids_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    net = build({'rotary_pos_emb': True, 'embed_num_tokens': {'kind': 3}})
+    ids = {'kind': torch.randint(0, 3, IDS.shape)}
+    want = segment_leak(net, embed_ids=ids)
+    assert want < 1e-4
+    assert segment_leak(net, embed_ids={'kind': ids['kind'].to(dtype)}) == want

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import check_known, forward_keywords
+from xtloss.checks import check_known, forward_keywords, widened
 from xtloss.packing.experiment import NoPlaceError, leak, neutral, outputs, stand_ins
 from xtloss.packing.segments import segment_arguments
 from xtloss.packing.verdict import trusted
@@ -81,8 +81,8 @@ def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def plain(t: Tensor) -> Tensor:
-    """Return a tensor without its graph, float32 where it is floating point."""
-    return t.detach().float() if t.is_floating_point() else t.detach()
+    """Return a tensor without its graph, float32 where it is floating point, int64 where it is integer."""
+    return widened({'t': t.detach().float() if t.is_floating_point() else t.detach()})['t']
 
 
 def of_rows(name: str, t: Tensor) -> bool:

@@ -104,6 +104,8 @@ def batch_weights(
 
     if normalizer is None:
         normalizer = batch_normalizer(targets, weighting, dtype)
+    elif isinstance(normalizer, Tensor) and normalizer.dtype == torch.float64:  # which a narrower dtype may round to 0
+        normalizer = normalizer.sign() * normalizer.abs().clamp(min=torch.finfo(dtype).tiny)
     return Weights(by_length, weight, torch.as_tensor(normalizer, dtype=dtype, device=weight.device).detach())
 
 

@@ -71,9 +71,13 @@ def mask_arguments(
 
     facts, tokens = reads(net), getattr(net, 'memory_tokens', None)
     interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
-    k = max(keys.shape[1], queries + (0 if interspersed or tokens is None else len(tokens)))
+    m = memory_length(arguments)
+    k = max(keys.shape[1], m + queries + (0 if interspersed or tokens is None else len(tokens)))
     keys = F.pad(keys, (k - keys.shape[1], 0), value=True)
     extra = dict(arguments)
+    of_memory = (extra.pop('mem_masks', None) or [None])[0]  # of all layers alike
+    if of_memory is not None:
+        keys = keys & F.pad(of_memory, (0, k - m), value=True)
     if facts.mask and mask is not None:
         extra['mask'] = mask
     if facts.always_visible or arguments.get('self_attn_additional_kv') is not None:
@@ -84,6 +88,12 @@ def mask_arguments(
     causal = bool(net.attn_layers.causal) and arguments.get('causal') is None
     seen = visible_keys(keys, queries, causal=causal, window=facts.window, attn_mask=arguments.get('attn_mask'))
     return {**extra, 'attn_mask': seen}
+
+
+def memory_length(arguments: dict[str, Any]) -> int:
+    """How many positions of a memory, the same in all layers, are attended to before the row."""
+    mems = arguments.get('mems') or [None]
+    return 0 if mems[0] is None else mems[0].shape[1]
 
 
 def visible_keys(

@@ -25,6 +25,7 @@ from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
 from xtloss.weighting.targets import Targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
+from xtloss.wrappers.attention_masks import memory_length
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
 
@@ -118,14 +119,16 @@ class LossWrapper(nn.Module):
             check_dtype(name, mask, 'bool')
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
+        if getattr(self.net, 'has_multiple_heads', False):
+            raise ValueError(f'net must have one head to make logits, got num_output_heads={len(self.net.to_logits)}')
         prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
-        check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended))
+        check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended + memory_length(given)))
         return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids})}
 
-    def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
+    def key_range(self, n: int, before: int) -> tuple[int, int | None]:
         """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""
         tokens = getattr(self.net, 'memory_tokens', None)
-        return n, n + prepended + (0 if tokens is None else len(tokens))
+        return n, n + before + (0 if tokens is None else len(tokens))
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
         """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""

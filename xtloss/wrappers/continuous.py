@@ -171,9 +171,9 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
             refuse_rollout(given)
         return x, given
 
-    def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
+    def key_range(self, n: int, before: int) -> tuple[int, int | None]:
         """Of all frames but the last."""
-        return super().key_range(max(1, n - 1), prepended)
+        return super().key_range(max(1, n - 1), before)
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
         counting: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}

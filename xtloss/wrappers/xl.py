@@ -180,7 +180,7 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         self._may_fuse(given)
         return x, given
 
-    def key_range(self, n: int, prepended: int) -> tuple[int, int | None]:
+    def key_range(self, n: int, before: int) -> tuple[int, int | None]:
         """Each segment gets it as it is."""
         return min(n, 1), None
 
