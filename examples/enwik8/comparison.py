@@ -95,8 +95,8 @@ def report(comparison: Comparison, console: Console) -> None:
         found = [value for value in comparison.slopes(weighting) if value is not None]
         if found:
             console.print(
-                f"'{weighting}' changed by {signed(spread(found).mean)} bits per byte over tokens per 100 steps, in the "
-                'second half.',
+                f"'{weighting}' changed by {signed(spread(found).mean)} bits per byte over tokens per 100 steps "
+                'in the second half.',
                 highlight=False,
             )
 
