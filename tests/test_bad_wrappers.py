@@ -117,3 +117,12 @@ def test_networks_of_several_heads(ours: type[nn.Module], call: dict[str, Any]) 
     for function in (model, model.loss_normalizer):
         with pytest.raises(ValueError, match=r'^net must have one head to make logits, got num_output_heads=3$'):
             function(X, **call)
+
+
+@pytest.mark.parametrize('wrapper', ['ar', 'continuous', 'xl'])
+@pytest.mark.parametrize('name', ['mems', 'mem_masks'])
+def test_memories_are_lists(wrapper: str, name: str) -> None:
+    module, x = wrappers()[wrapper]
+    for value in (torch.zeros(3, 2, 16), 3):
+        with pytest.raises(TypeError, match=rf'^{name} must be a list of tensors, got (Tensor|int)'):
+            module(x, **{name: value})

@@ -122,13 +122,6 @@ def test_more_keys_than_the_network_reads_are_refused() -> None:
         AutoregressiveWrapper(decoder())(torch.ones(3, 9).long(), self_attn_kv_mask=torch.ones(3, 10).bool())
 
 
-def test_memories_that_are_no_list() -> None:
-    wrapper = XLAutoregressiveWrapper(decoder(max_seq_len=4, max_mem_len=4))
-    for call in ({'mem_masks': torch.ones(3, 2).bool()}, {'mems': torch.zeros(3, 2, 16)}):
-        with pytest.raises(TypeError, match='must be a list of tensors, got Tensor'):
-            wrapper(torch.ones(3, 9).long(), **call)
-
-
 def test_segment_leak_knows_its_arguments() -> None:
     with pytest.raises(TypeError, match=r'net must be a torch\.nn\.Module, got int'):
         segment_leak(1)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
+from bench_packing import timed
 from torch import Tensor
 from tqdm import tqdm
 from x_transformers import Decoder, TransformerWrapper
@@ -87,25 +87,9 @@ def measure(net: TransformerWrapper, lens: Tensor, n: int, config: Config) -> fl
     without, unpadded = (AutoregressiveWrapper(net, unpad=unpad) for unpad in (False, True))
     ratios = []
     for round_ in tqdm(range(config.rounds + 1), desc=f'n={n}', leave=False, disable=None):
-        before, after = (timed(net, lambda model=model: model(x, lens=lens)) for model in (without, unpadded))
+        before, after = (timed(net, lambda model=model: model(x, lens=lens))[1] for model in (without, unpadded))
         ratios += [after / before] if round_ else []  # the first warms up
     return statistics.median(ratios)
-
-
-def timed(net: TransformerWrapper, step: Callable[[], Tensor]) -> float:
-    """Run a forward and a backward; return the seconds."""
-    net.zero_grad()
-    synchronize()
-    start = time.perf_counter()
-    step().backward()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    """Wait for the device, where it runs ahead of Python."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def main(args: Sequence[str] | None = None) -> None:

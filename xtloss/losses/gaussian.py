@@ -21,7 +21,10 @@ def is_gaussian(loss_fn: Any) -> bool:
 
 
 def gaussian_nll(predicted: Tensor, target: Tensor) -> Tensor:
-    """`F.gaussian_nll_loss` of each element, from a mean and a variance, (2, ...); NaN where that is negative."""
+    """`F.gaussian_nll_loss` of each element, (...), in nats: ½ · (log variance + (mean - target)² / variance).
+
+    `predicted` is a mean and a variance, (2, ...). That is taken as 1e-6 at least; where it is negative, NaN comes out.
+    """
     mean, variance = predicted
     least = variance.detach().clamp(min=MIN_VARIANCE).masked_fill(variance < 0, torch.nan)
     variance = least + (variance - variance.detach())  # its gradient goes on, as in torch

@@ -31,6 +31,7 @@ from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
 
 FLAGS = ('return_outputs', 'return_breakdown', 'dropout_mems')
 KEY_MASKS = ('prepend_mask', 'self_attn_kv_mask')
+MEMORIES = ('mems', 'mem_masks')  # a tensor for each layer
 IDS = ('pos', 'embed_ids')  # of the network: int64, or it takes a position for an embedding
 
 
@@ -117,6 +118,9 @@ class LossWrapper(nn.Module):
         ids = {name: given[name] for name in IDS if name in given}
         for name, mask in masks.items():
             check_dtype(name, mask, 'bool')
+        for name in MEMORIES:
+            if not isinstance(given.get(name, []), (list, tuple)):
+                raise TypeError(f'{name} must be a list of tensors, got {type(given[name]).__name__}')
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
         if getattr(self.net, 'has_multiple_heads', False):

@@ -167,9 +167,6 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         return getattr(self, 'has_ttt', False)  # x-transformers 2.20 has no test-time training
 
     def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        for name in ('mems', 'mem_masks'):
-            if not isinstance(given.get(name), (list, tuple, type(None))):
-                raise TypeError(f'{name} must be a list of tensors, got {type(given[name]).__name__}')
         steps = given.get('ttt_recurrent_steps', 1)
         x, given = self._check_batch(x, given, counts={'ttt_recurrent_steps': steps})
         if steps > 1 and not self._trains_at_test_time:
