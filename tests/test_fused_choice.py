@@ -162,7 +162,6 @@ LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] 
 
 # the same, but x-transformers' own loss cannot be had of them, or not in every release
 NO_LOSS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
-    'num_output_heads': (lambda: decoder(num_output_heads=2), {}, 'num_output_heads'),
     'use_cls_token': (lambda: decoder(use_cls_token=True), {}, 'use_cls_token'),
     'average_pool_embed': (lambda: decoder(average_pool_embed=True), {}, 'average_pool_embed'),
     'return_only_embed': (lambda: decoder(return_only_embed=True), {}, 'return_only_embed'),
@@ -228,6 +227,10 @@ def test_what_is_not_fused_either(name: str) -> None:
     assert reason in why_not_linear(net, list(call))
     with pytest.raises(ValueError, match=rf'^fused=True, but .*{reason}'):
         AutoregressiveWrapper(net, fused=True)(X, **call)
+
+
+def test_several_heads_are_not_fused_by_whoever_asks() -> None:
+    assert 'num_output_heads' in why_not_linear(decoder(num_output_heads=2), [])
 
 
 def test_false_never_fuses(fusings: list[tuple[Any, ...]]) -> None:
