@@ -1,5 +1,6 @@
 """What every test starts from: one thread, a fixed seed, few and reproducible hypothesis examples."""
 
+import os
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -16,7 +17,7 @@ hypothesis.settings.register_profile(
     'xtloss',
     deadline=None,
     derandomize=True,
-    max_examples=20,
+    max_examples=int(os.environ.get('XTLOSS_EXAMPLES', 20)),
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # examples are seeds: a smaller one says no more
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
