@@ -24,6 +24,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('xtloss')
 
 
+# what a fault should be met in first, nearest to where it is
+NEAREST = ['test_checks', 'test_weighting', 'test_gaussian', 'test_sequences', 'test_packing', 'test_fused_numbers']
+NEAREST += ['test_fused', 'test_auxiliary', 'test_unpad', 'test_laws', 'test_invariance']
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of small things; the others keep their order."""
+    place = {name: number for number, name in enumerate(NEAREST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(NEAREST)))
+
+
 def _devices() -> list[str]:
     return ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 
