@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+ALONE = RLock()  # held by an experiment, which changes modules, and what is global, for a while: one at a time
 SHARDING = ('torch.distributed', 'torch.nn.parallel', 'torch._dynamo', 'torch._functorch')
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtloss.checks import check_known, forward_keywords, widened
-from xtloss.packing.experiment import NoPlaceError, leak, neutral, outputs, stand_ins
+from xtloss.packing.experiment import ALONE, NoPlaceError, leak, neutral, outputs, stand_ins
 from xtloss.packing.segments import segment_arguments
 from xtloss.packing.verdict import trusted
 
@@ -24,7 +24,8 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
     The largest difference, over the standard deviation of the outputs, between each sequence in a shared row and the
     same sequence alone in a row of its own length, and between outputs before and after other sequences, or a later
     token, become others. It runs in float32, in evaluation, without randomness, on weights shaken by 1/√fan-in, so that
-    what is initialised to zero cannot hide. The network and all random streams are left as they were.
+    what is initialised to zero cannot hide. The network and all random streams are left as they were; meanwhile no
+    other thread may run it.
 
     Args:
         net: a `TransformerWrapper`, or what is around one. The rows are as wide as it takes, 256 tokens at most.
@@ -64,7 +65,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
         more = [getattr(hiddens, name, None) or [] for name in ('all_pred_logits', 'exit_logits')]
         return outputs([logits, *more], *x.shape)
 
-    with neutral(), stand_ins(net, net):
+    with ALONE, neutral(), stand_ins(net, net):
         for module in net.modules():
             module.training = False
         try:

@@ -23,6 +23,7 @@ from x_transformers.x_transformers import (
 from xtloss.packing.apart import LIBRARIES, is_upstream, option_of, owner_of, strange, uses_varlen, why_not_together
 from xtloss.packing.asking import OUTER, ask
 from xtloss.packing.experiment import (
+    ALONE,
     SHARDING,
     bare,
     neutral,
@@ -58,16 +59,22 @@ def trusted(net: nn.Module) -> Verdict:
 @constant
 def verdict(net: nn.Module) -> Verdict:
     """Judge a network, anew whenever one of the objects that it consists of is another."""
-    state = parts(net)
-    kept, judged = _verdicts.get(net, ([], None))
-    if judged is None or len(kept) != len(state) or any(old() is not new for old, new in zip(kept, state)):  # noqa: B905
-        inner = inner_network(net)
-        with neutral():
-            reason = f'a {type(net).__name__} instead of a TransformerWrapper' if inner is None else why_not(net, inner)
-        judged = trusted(net)._replace(reason=reason)
-        if all(has_values(part) for part in state if isinstance(part, Tensor)):
-            _verdicts[net] = [hold(part) for part in state], judged
-    return judged
+    with ALONE:  # else another thread would take what an experiment puts there for what the network consists of
+        state = parts(net)
+        kept, judged = _verdicts.get(net, ([], None))
+        if judged is None or len(kept) != len(state) or any(old() is not new for old, new in zip(kept, state)):  # noqa: B905
+            judged = judge(net)
+            if all(has_values(part) for part in state if isinstance(part, Tensor)):
+                _verdicts[net] = [hold(part) for part in state], judged
+        return judged
+
+
+def judge(net: nn.Module) -> Verdict:
+    """Judge a network now."""
+    inner = inner_network(net)
+    with neutral():
+        reason = f'a {type(net).__name__} instead of a TransformerWrapper' if inner is None else why_not(net, inner)
+    return trusted(net)._replace(reason=reason)
 
 
 def inner_network(net: nn.Module) -> TransformerWrapper | None:

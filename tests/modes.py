@@ -1,0 +1,59 @@
+"""A small wrapper of every kind with a ragged batch for it, and the loss of its sequences one by one by upstream's."""
+
+from typing import Any
+
+import torch
+import x_transformers
+from networks import decoder
+from test_continuous import network as continuous_network
+from torch import Tensor, nn
+
+import xtloss
+
+B, N, VOCAB, FEATURES, SEGMENT = 3, 9, 11, 5, 5
+LENS = torch.tensor([9, 4, 6])
+SEGMENT_IDS = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 0], [3, 3, 3, 4, 4, 4, 4, 4, 4], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
+KINDS = {
+    'plain': 'AutoregressiveWrapper',
+    'packed': 'AutoregressiveWrapper',
+    'xl': 'XLAutoregressiveWrapper',
+    'continuous': 'ContinuousAutoregressiveWrapper',
+}
+
+
+def net(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    """The same arguments give the same parameters. Flash: x-transformers' other softmax is float32 always."""
+    options = {'layers_rotary_pos_emb': True, 'layers_attn_flash': True, 'use_abs_pos_emb': False, **options}
+    if kind == 'continuous':
+        return continuous_network(dtype=dtype, **options)
+    short = {'max_seq_len': SEGMENT, 'max_mem_len': SEGMENT} if kind == 'xl' else {}
+    return decoder(num_tokens=VOCAB, dtype=dtype, **short, **options)
+
+
+def wrap(kind: str, network: nn.Module, **options: Any) -> Any:
+    """Our wrapper around a network."""
+    return getattr(xtloss, KINDS[kind])(network, **options)
+
+
+def ours(kind: str, dtype: torch.dtype = torch.float64, fused: bool | str = 'auto', **network: Any) -> Any:
+    """Our wrapper around a network of its own."""
+    return wrap(kind, net(kind, dtype, **network), **({} if kind == 'continuous' else {'fused': fused}))
+
+
+def batch(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of forward: rows with `lens`, or packed ones."""
+    draw = torch.Generator().manual_seed(seed)
+    if kind == 'continuous':
+        frames = torch.randn(B, N, FEATURES, generator=draw, dtype=torch.float64)
+        return {'x': frames.to(dtype), 'lens': LENS}
+    x = torch.randint(0, VOCAB, (B, N), generator=draw)
+    return {'x': x, 'segment_ids': SEGMENT_IDS} if kind == 'packed' else {'x': x, 'lens': LENS}
+
+
+def alone(kind: str, network: nn.Module, call: dict[str, Tensor]) -> Tensor:
+    """The mean over all counted targets by upstream's wrapper, a sequence at a time, nothing hidden."""
+    theirs = getattr(x_transformers, KINDS[kind])(network)
+    ids = call['segment_ids'] if kind == 'packed' else (torch.arange(N) < call['lens'][:, None]).long()
+    sequences = [x[i == k][None] for x, i in zip(call['x'], ids, strict=True) for k in i.unique() if k]
+    count = sum(x.shape[1] - 1 for x in sequences)
+    return torch.stack([theirs(x) * ((x.shape[1] - 1) / count) for x in sequences]).sum()
