@@ -21,6 +21,7 @@ from xtloss.weighting.targets import Outputs, Targets, count_targets, next_token
 from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, normalize
 from xtloss.wrappers.attention_masks import precision_of
 from xtloss.wrappers.base import LossWrapper
+from xtloss.wrappers.returns import ReturnsOutputs
 from xtloss.wrappers.rows import OF_THE_LOSS, Rows, network_rows
 from xtloss.wrappers.stand_in import on_a_stand_in
 from xtloss.wrappers.unpad import TELLING, refuse_unpad
@@ -86,6 +87,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     looped_exit_loss_weight: float
     unpad: bool
     trust_segments: bool
+    __call__: ReturnsOutputs
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, b
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.inputs import join_keys, real_positions
+from xtloss.wrappers.returns import ReturnsLoss
 from xtloss.wrappers.rollout import count_rollout, refuse_rollout, roll_out
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.stand_in import on_a_stand_in
@@ -69,6 +70,7 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
     net: Any
     loss_fn: Any
+    __call__: ReturnsLoss
 
     def __init__(
         self,

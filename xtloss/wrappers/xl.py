@@ -21,6 +21,7 @@ from xtloss.wrappers.attention_masks import mask_arguments, precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.inputs import legal_ids, real_positions
 from xtloss.wrappers.memories import Memories, remember, seen_keys
+from xtloss.wrappers.returns import ReturnsLoss
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.stand_in import on_a_stand_in
 
@@ -83,6 +84,7 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     init_ttt: Any
     update_ttt: Any
     ttt_wrappers: dict[str, Any] | list[Any]
+    __call__: ReturnsLoss
 
     def __init__(
         self,
