@@ -43,6 +43,14 @@ def linear_cross_entropy(
         nll = F.cross_entropy(F.linear(embed, weight, bias), target, reduction='none')
         return (token_weight * nll).sum(), nll.detach()
 
+    The mean over all targets, say:
+
+        >>> embed, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+        >>> target = torch.tensor([0, 8, 2, 3, 3, 5])
+        >>> loss, token_loss = linear_cross_entropy(embed, weight, target, torch.full((6,), 1 / 6))
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(embed @ weight.t(), target))
+        True
+
     Logits exist for ``chunk_size`` tokens at a time. Their gradients are made in the same pass, with one exponential
     per logit, and only for those of ``embed``, ``weight`` and ``bias`` that need one. The products run in the wider of
     the dtypes of ``embed`` and ``weight``, under autocast in its own; sums and exponentials are made in float32 or

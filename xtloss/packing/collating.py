@@ -27,6 +27,9 @@ def collate(
 ) -> dict[str, Tensor]:
     """Make a batch of examples, ready for ``wrapper(**batch)`` and ``wrapper.loss_normalizer(**batch)``.
 
+        >>> collate([[1, 2, 3], [4]])
+        {'x': tensor([[1, 2, 3],
+                [4, 0, 0]]), 'lens': tensor([3, 1])}
         >>> packed = partial(collate, layout='packed', max_len=1024)
         >>> loader = DataLoader(dataset, batch_size=32, collate_fn=packed)
 

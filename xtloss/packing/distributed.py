@@ -21,17 +21,19 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
 
     To report the loss, sum it over the micro-batches and average it over the ranks, as the gradient is.
 
-        wrapper = model.module if isinstance(model, DistributedDataParallel) else model
-        Z = global_normalizer(sum(wrapper.loss_normalizer(**mb) for mb in micro_batches))
-        for mb in micro_batches:
-            model(**mb, normalizer=Z).backward()
+        >>> wrapper = model.module if isinstance(model, DistributedDataParallel) else model
+        >>> Z = global_normalizer(sum(wrapper.loss_normalizer(**mb) for mb in micro_batches))
+        >>> for mb in micro_batches:
+        ...     model(**mb, normalizer=Z).backward()
 
     All ranks of the group must call it, those with nothing to count too (``total`` is 0 there), and run as many
     backward passes as the others, be it on a batch of no rows. Without a process group there is one rank.
 
     - DDP: as above; under ``no_sync`` for all micro-batches but the last, as usual.
     - FSDP2: as above. ``fully_shard`` the blocks and the wrapper itself, not its ``net``: a head that is gathered only
-      inside ``net`` is a sharded DTensor to the wrapper, which then takes the path over the logits.
+      inside ``net`` is a sharded DTensor to the wrapper, which then takes the path over the logits. A policy of mixed
+      precision casts what the wrapper is handed, R too, which bfloat16 rounds to 3 digits: give that of the wrapper
+      ``cast_forward_inputs=False``.
     - accelerate: ``accelerator.unwrap_model(model)`` is the wrapper; ``accelerator.reduce(Z, 'mean')`` gives the same
       number. ``accelerator.backward`` divides by ``accelerator.gradient_accumulation_steps``: pass
       ``normalizer=Z / accelerator.gradient_accumulation_steps``.

@@ -82,6 +82,10 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
     A sequence is one contiguous run of equal non-zero ids inside a row; they are sorted by id. Of some of the rows that
     `pack` made, a micro-batch say, these are the sequences that lie there.
 
+        >>> x, segment_ids = pack([[1, 2], [3, 4, 5, 6], [7]], max_len=4)
+        >>> [sequence.tolist() for sequence in unpack(x, segment_ids)]
+        [[1, 2], [3, 4, 5, 6], [7]]
+
     Args:
         values: (b, n, ...) of any dtype: what there is of each token, be it an id, a loss or features.
         segment_ids: (b, n) integer, 0 = padding.

@@ -56,6 +56,13 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     a float p         p    Σ counted · L^-p
     ================  ===  ==========================================
 
+        >>> model = AutoregressiveWrapper(net, loss_weighting='sequence')
+        >>> x, lens = torch.tensor([[7, 1, 4, 9], [3, 5, 0, 0]]), torch.tensor([4, 2])
+        >>> loss, breakdown = model(x, lens=lens, return_breakdown=True)
+        >>> breakdown.weight / breakdown.normalizer  # the share of each target
+        tensor([[0.1667, 0.1667, 0.1667],
+                [0.5000, 0.0000, 0.0000]])
+
     Args:
         net: the network, as upstream.
         *args: upstream's arguments, as are other keywords.

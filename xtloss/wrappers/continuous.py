@@ -53,6 +53,11 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
     - targets are masked, not inputs: upstream trains the last real frame to predict the first frame of padding;
     - ``equal_loss_weight_batch`` averages over features: upstream sums them, so that its loss is d times too large.
 
+        >>> model = ContinuousAutoregressiveWrapper(net, loss_weighting='sequence')
+        >>> frames, lens = torch.randn(2, 8, 3), torch.tensor([8, 5])  # after its 5th frame the second may hold NaN
+        >>> one_step = model(frames, lens=lens)
+        >>> its_own_predictions = model(frames, rollout_steps=3, lens=lens)
+
     Args:
         net: the network, as upstream.
         loss_fn: called with the network's output and the frames to predict, (b, n-1, d); returns the loss of each

@@ -41,7 +41,9 @@ def upgrade_(module: M, **options: Any) -> M:
     Only class and options change: parameters, buffers, state_dict, hooks, device, dtype and training flag stay, so an
     optimizer goes on, and checkpoints of before and after fit both.
 
-        model = upgrade_(XTransformer(...), equal_loss_weight_batch=True)
+        >>> model = upgrade_(model, equal_loss_weight_batch=True)  # of an XTransformer, say
+        >>> type(model.decoder)
+        <class 'xtloss.wrappers.autoregressive.AutoregressiveWrapper'>
 
     A parent whose ``forward`` takes no ``normalizer`` (or ``loss_weight``, ...) is driven through its parts:
     ``model.decoder(tgt, context=..., context_mask=..., normalizer=Z)``.

@@ -64,6 +64,12 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     Memories, truncated backpropagation and test-time training are upstream's. The inner loss of the latter counts as
     upstream's, by ``ignore_index``, which padding under ``lens`` and ``mask`` is for it.
 
+        >>> model = XLAutoregressiveWrapper(net, loss_weighting='sequence')
+        >>> x, lens = torch.randint(0, 16, (2, 21)), torch.tensor([21, 9])  # longer than net.max_seq_len
+        >>> loss, breakdown = model(x, lens=lens, return_breakdown=True)
+        >>> breakdown.token_loss.shape  # of whole rows
+        torch.Size([2, 20])
+
     Args:
         net: the network, as upstream.
         *args: upstream's arguments, as are other keywords.
