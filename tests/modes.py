@@ -16,6 +16,7 @@ SEGMENT_IDS = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2, 0], [3, 3, 3, 4, 4, 4, 4, 4
 KINDS = {
     'plain': 'AutoregressiveWrapper',
     'packed': 'AutoregressiveWrapper',
+    'unpadded': 'AutoregressiveWrapper',
     'xl': 'XLAutoregressiveWrapper',
     'continuous': 'ContinuousAutoregressiveWrapper',
 }
@@ -32,6 +33,7 @@ def net(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Mod
 
 def wrap(kind: str, network: nn.Module, **options: Any) -> Any:
     """Our wrapper around a network."""
+    options = {**options, 'unpad': True} if kind == 'unpadded' else options
     return getattr(xtloss, KINDS[kind])(network, **options)
 
 

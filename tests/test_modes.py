@@ -106,7 +106,7 @@ def test_activation_checkpointing(kind: str, fused: bool | str, how: str, dropou
     assert_same_gradients(found, {name: p.grad for name, p in plain.named_parameters()}, 1e-9)
 
 
-@pytest.mark.parametrize('kind', ['plain', 'packed'])
+@pytest.mark.parametrize('kind', ['plain', 'packed', 'unpadded'])
 @pytest.mark.parametrize(
     'targets', [['to_q', 'to_v'], ['to_q', 'to_v', 'to_logits']], ids=['attention', 'and the head']
 )
