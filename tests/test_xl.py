@@ -302,6 +302,8 @@ def test_memories_and_their_masks_can_be_handed_in() -> None:
     untold, all_real = costs(**rest), costs(**rest, mem_masks=[torch.ones(B, S).bool()] * len(mems))
     torch.testing.assert_close(untold, all_real, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(untold[1], told[1], rtol=1e-3)
+    tuples = {'mems': tuple(mems), 'mem_masks': (mask[:, :S],) * len(mems)}
+    torch.testing.assert_close(costs(**{**rest, **tuples}), told)
     unmasked = {'x': ids()[:, S:], 'mems': mems, 'mem_masks': [mask[:, :S]] * len(mems)}
     torch.testing.assert_close(costs(**unmasked)[:3], told[:3], rtol=1e-5, atol=1e-6)  # the last row has padding after
 

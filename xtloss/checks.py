@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # torch stores these and computes little with them; their bits are those of
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -139,6 +139,12 @@ def forward_keywords(*modules: Any) -> frozenset[str] | None:
             return None  # which may take anything
         forwards += own
     return keywords(*forwards)
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raise TypeError unless it is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f'{name} must be a torch.nn.Module, got {type(value).__name__}')
 
 
 # tensors

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from xtloss.checks import ARGUMENTS
 from xtloss.packing.layout import Layout, best_fit_decreasing, lay_out, sequence_numbers, token_index
-from xtloss.packing.sequences import CPU, as_tensors, check_max_len, check_pad_type, is_sequence, token_counts
+from xtloss.packing.sequences import (
+    CPU,
+    as_tensors,
+    check_max_len,
+    check_max_len_type,
+    check_pad_type,
+    is_sequence,
+    token_counts,
+)
 
 LAYOUTS = ('padded', 'packed')
 MADE_HERE = ('lens', 'segment_ids')
@@ -55,6 +63,9 @@ def collate(
     """
     if not isinstance(layout, str):
         raise TypeError(f'layout must be a string, got {type(layout).__name__}')
+    check_pad_type(pad_value)
+    if max_len is not None:
+        check_max_len_type(max_len)
     columns = {name: as_column(name, sequences) for name, sequences in by_key(examples).items()}
     check_pad_type(pad_value, columns['x'][0].dtype if columns['x'] else torch.int64)
     if max_len is not None:

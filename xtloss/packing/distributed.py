@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,9 +52,10 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
         ValueError: `total` has dims, is negative or not finite (numbers; a tensor is not read).
 
     """
-    check_total(total)
+    check_number_type('total', total)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f'group must be a process group that this rank belongs to, got {type(group).__name__}')
+    check_total(total)
 
     grouped = dist.is_available() and dist.is_initialized()
     device = communication_device(group) if grouped else torch.device('cpu')
@@ -83,9 +82,8 @@ def communication_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device('cpu' if 'cpu' in backends else next(iter(backends)))
 
 
-def check_total(total: Any) -> None:
-    """Raise TypeError or ValueError unless it is a number >= 0 or a 0-dim tensor of one."""
-    check_number_type('total', total)
+def check_total(total: Tensor | float) -> None:
+    """Raise ValueError unless it is a finite number >= 0 or a 0-dim tensor."""
     if isinstance(total, Tensor):
         if total.ndim > 0:
             raise ValueError(f'total must have shape (), got {tuple(total.shape)}')

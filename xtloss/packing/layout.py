@@ -18,6 +18,7 @@ from xtloss.packing.sequences import (
     as_tensors,
     bits,
     check_max_len,
+    check_max_len_type,
     check_pad_range,
     check_pad_type,
     from_numbers,
@@ -67,6 +68,8 @@ def pack(
     al., "Fewer truncations improve language modeling", 2024, https://arxiv.org/abs/2404.10830.
 
     """
+    check_max_len_type(max_len)
+    check_pad_type(pad_value)
     tensors = as_tensors('sequences', sequences)
     check_pad_type(pad_value, tensors[0].dtype if tensors else None)
     max_len = check_max_len(max_len)

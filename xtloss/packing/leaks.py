@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import check_known, forward_keywords, widened
+from xtloss.checks import check_known, check_module, forward_keywords, widened
 from xtloss.packing.experiment import ALONE, NoPlaceError, leak, neutral, outputs, stand_ins
 from xtloss.packing.segments import segment_arguments
 from xtloss.packing.verdict import trusted
@@ -43,8 +43,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
         TypeError: `net` is no module, or its `forward` does not know an argument.
 
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f'net must be a torch.nn.Module, got {type(net).__name__}')
+    check_module('net', net)
     known = forward_keywords(net, getattr(net, 'attn_layers', None))
     if known is not None:
         check_known('segment_leak()', network_kwargs, known)

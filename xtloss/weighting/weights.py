@@ -46,6 +46,13 @@ class LossBreakdown(NamedTuple):
     """0-dim, what is added: exit loss, next-embedding loss, attention z-loss, times their coefficients."""
 
 
+def check_weighting_types(loss_weighting: Any, equal_loss_weight_batch: Any) -> None:
+    """Raise TypeError unless they are None, a string or a number, and a bool."""
+    check_flag('equal_loss_weight_batch', equal_loss_weight_batch)
+    if loss_weighting is not None and not isinstance(loss_weighting, str) and not is_number(loss_weighting):
+        raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
+
+
 def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any = False) -> Weighting:
     """Return the weighting that a name, a power p in [0, 1] (w = L^-p, Z = Σ w), or the flag stands for.
 
@@ -54,7 +61,7 @@ def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any =
         ValueError: unknown name, p outside [0, 1], or the flag beside another weighting.
 
     """
-    check_flag('equal_loss_weight_batch', equal_loss_weight_batch)
+    check_weighting_types(loss_weighting, equal_loss_weight_batch)
     if loss_weighting is None:
         return WEIGHTINGS['sequence' if equal_loss_weight_batch else 'token']
 
@@ -63,12 +70,10 @@ def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any =
             names = ', '.join(WEIGHTINGS)
             raise ValueError(f'loss_weighting must be one of {names}, or a float in [0, 1], got {loss_weighting!r}')
         weighting = WEIGHTINGS[loss_weighting]
-    elif is_number(loss_weighting):
+    else:
         if not 0 <= loss_weighting <= 1:
             raise ValueError(f'loss_weighting must be in [0, 1] where it is a number, got {loss_weighting}')
         weighting = Weighting(p=float(loss_weighting), q=1.0 - float(loss_weighting))
-    else:
-        raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
 
     if equal_loss_weight_batch and weighting != WEIGHTINGS['sequence']:
         raise ValueError(

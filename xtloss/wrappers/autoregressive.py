@@ -193,9 +193,8 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 
     # below the fold: what the lines above call
 
-    def check_loss_options(self) -> None:
-        """Raise TypeError or ValueError unless the options are legal."""
-        super().check_loss_options()
+    def _check_option_types(self) -> None:
+        super()._check_option_types()
         check_flag('unpad', self.unpad)
         check_flag('trust_segments', self.trust_segments)
 

@@ -15,6 +15,7 @@ from xtloss.checks import (
     check_dtype,
     check_key_masks,
     check_known,
+    check_module,
     forward_keywords,
     is_flag,
     keywords,
@@ -24,14 +25,14 @@ from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
 from xtloss.weighting.targets import Targets
-from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
+from xtloss.weighting.weights import Weighting, batch_normalizer, check_weighting_types, resolve_weighting
 from xtloss.wrappers.attention_masks import memory_length
+from xtloss.wrappers.memories import OF_LAYERS, check_memory_shapes, check_memory_types
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
 
 FLAGS = ('return_outputs', 'return_breakdown', 'dropout_mems')
 KEY_MASKS = ('prepend_mask', 'self_attn_kv_mask')
-MEMORIES = ('mems', 'mem_masks')  # a tensor for each layer
 IDS = ('pos', 'embed_ids')  # of the network: int64, or it takes a position for an embedding
 
 
@@ -46,6 +47,11 @@ class LossWrapper(nn.Module):
     loss_weighting: str | float | None
     fused: bool | str = False  # a wrapper without a head never fuses
 
+    def __init__(self, net: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Build upstream's wrapper around a network."""
+        check_module('net', net)
+        super().__init__(net, *args, **kwargs)
+
     def set_loss_options(self, **options: Any) -> None:
         """Set the options, in the constructor; raise TypeError or ValueError unless they are legal."""
         for name, value in options.items():
@@ -59,12 +65,16 @@ class LossWrapper(nn.Module):
         return resolve_weighting(self.loss_weighting, self.equal_loss_weight_batch)
 
     def check_loss_options(self) -> None:
-        """Raise TypeError or ValueError unless the options are legal."""
+        """Raise TypeError or ValueError unless the options are legal; types are looked at first."""
+        self._check_option_types()
         _ = self.weighting
-        if not is_flag(self.fused) and not isinstance(self.fused, str):
-            raise TypeError(f"fused must be bool or 'auto', got {type(self.fused).__name__}")
         if isinstance(self.fused, str) and self.fused != 'auto':
             raise ValueError(f"fused must be True, False or 'auto', got {self.fused!r}")
+
+    def _check_option_types(self) -> None:
+        check_weighting_types(self.loss_weighting, self.equal_loss_weight_batch)
+        if not is_flag(self.fused) and not isinstance(self.fused, str):
+            raise TypeError(f"fused must be bool or 'auto', got {type(self.fused).__name__}")
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -118,16 +128,16 @@ class LossWrapper(nn.Module):
         ids = {name: given[name] for name in IDS if name in given}
         for name, mask in masks.items():
             check_dtype(name, mask, 'bool')
-        for name in MEMORIES:
-            if not isinstance(given.get(name, []), (list, tuple)):
-                raise TypeError(f'{name} must be a list of tensors, got {type(given[name]).__name__}')
+        check_memory_types(given)
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
         if getattr(self.net, 'has_multiple_heads', False):
             raise ValueError(f'net must have one head to make logits, got num_output_heads={len(self.net.to_logits)}')
+        check_memory_shapes(given, x)
         prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
         check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended + memory_length(given)))
-        return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids})}
+        layers = {name: list(given[name]) for name in OF_LAYERS if name in given}  # which the network copies
+        return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids}), **layers}
 
     def key_range(self, n: int, before: int) -> tuple[int, int | None]:
         """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
 
-from xtloss.checks import refuse_arguments
+from xtloss.checks import check_flag, refuse_arguments
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.gaussian import gaussian_nll, is_gaussian
 from xtloss.weighting.targets import Targets, count_targets, next_tokens
@@ -85,6 +85,9 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         equal_loss_weight_batch: bool = False,
         loss_weighting: str | float | None = None,
     ) -> None:
+        check_flag('use_l1_loss', use_l1_loss)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f'loss_fn must be callable, got {type(loss_fn).__name__}')
         super().__init__(net, loss_fn, use_l1_loss, equal_loss_weight_batch)
         self.set_loss_options(equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
 

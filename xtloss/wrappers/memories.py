@@ -5,11 +5,16 @@ Dims: b batch, s positions of a segment, h positions of a layer's input (s and m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from xtloss.checks import check_device, check_dtype
+
+OF_LAYERS = {'mems': 'floating point', 'mem_masks': 'bool'}  # arguments that are a tensor, or None, for each layer
 
 
 class Memories(NamedTuple):
@@ -43,3 +48,33 @@ def remember(memories: Memories, mask: Tensor | None, intermediates: Any) -> Mem
     mems = intermediates.mems
     keys = seen_keys(memories, mask, intermediates.hiddens[0].shape[1]) if mems else None
     return Memories(mems, None if keys is None else keys[:, keys.shape[1] - mems[0].shape[1] :])
+
+
+def check_memory_types(given: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the memories handed in, and their masks, are lists of such tensors, or of None."""
+    for name, kind in OF_LAYERS.items():
+        layers = given.get(name, [])
+        if not isinstance(layers, (list, tuple)):
+            raise TypeError(f'{name} must be a list of tensors, got {type(layers).__name__}')
+        for k, layer in enumerate(layers):
+            if layer is not None:
+                check_dtype(f'{name}[{k}]', layer, kind)
+
+
+def check_memory_shapes(given: Mapping[str, Any], x: Tensor) -> None:
+    """Raise ValueError unless they are (b, m, d) and (b, m), of one m, beside x."""
+    b = x.shape[0]
+    m: Any = 'm'
+    for k, mem in enumerate(given.get('mems', [])):
+        if mem is None:
+            continue
+        if mem.ndim != 3 or mem.shape[0] != b or m not in ('m', mem.shape[1]):
+            raise ValueError(f'mems[{k}] must have shape ({b}, {m}, d), got {tuple(mem.shape)}')
+        check_device(f'mems[{k}]', mem, x.device)
+        m = mem.shape[1]
+    for k, mask in enumerate(given.get('mem_masks', [])):
+        if mask is None:
+            continue
+        if mask.ndim != 2 or mask.shape[0] != b or m not in ('m', mask.shape[1]):
+            raise ValueError(f'mem_masks[{k}] must have shape ({b}, {m}) like mems, got {tuple(mask.shape)}')
+        check_device(f'mem_masks[{k}]', mask, x.device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import x_transformers
 from torch import nn
 
+from xtloss.checks import check_module
 from xtloss.wrappers.autoregressive import AutoregressiveWrapper
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
@@ -70,9 +71,7 @@ def upgrade_(module: M, **options: Any) -> M:
             refuses, or a wrapper with a ``forward`` of its own. Nothing has changed then.
 
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f'module must be a torch.nn.Module, got {type(module).__name__}')
-
+    check_module('module', module)
     planned: list[tuple[nn.Module, Upgrade, dict[str, Any]]] = []
     left_alone: list[str] = []
     for path, wrapper in module.named_modules():
