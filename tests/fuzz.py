@@ -1,4 +1,4 @@
-"""Random calls of the three wrappers against the oracle; by hand, ``python tests/fuzz.py --calls 41000``.
+"""Random calls of the three wrappers against the oracle: `tests/soak.py` makes them by the hundred thousand.
 
 The networks are in float64, with flash attention, as the other softmax of x-transformers is float32 always. They know
 no positions, so that the logits of a token can be had from the bare network, which is handed nothing but the earlier
@@ -6,90 +6,41 @@ tokens that it may see, without a mask. The equation over these logits is `oracl
 within 1e-9, or raises TypeError or ValueError naming an argument.
 """
 
-import argparse
 import random
-from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
-from networks import decoder
-from oracle import expected
-from oracle_continuous import expected_frames
+from fuzz_calls import DTYPE, SEGMENT, WIDTH, Call, D, V, random_call, refused
+from networks import assert_same_gradients, decoder, gradients
+from oracle import Expected, differentiable, expected
+from oracle_continuous import differentiable_frames, expected_frames
+from oracle_rollout import expected_rollout, rolled_out
 from torch import Tensor, nn
 from x_transformers import ContinuousTransformerWrapper, Decoder
 
 from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
 
-V, D, DTYPE = 11, 3, torch.float64
-INTEGERS = [getattr(torch, f'{u}int{size}') for u in ('', 'u') for size in (8, 16, 32, 64)]
-WEIGHTINGS = ['token', 'sequence', 'square', 'padded', 'sequence_sum', 0.25]
+OURS = {'ar': AutoregressiveWrapper, 'xl': XLAutoregressiveWrapper, 'continuous': ContinuousAutoregressiveWrapper}
 COUNTING = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
-REFUSED = {'ar': {'seq_start_pos', 'segment_ids'}, 'xl': {'seq_start_pos'}, 'continuous': set()}  # ar: side by side
 
 
 @cache
 def network(kind: str) -> nn.Module:
     if kind == 'continuous':
-        layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, attn_flash=True, verbose=False)
+        layers = Decoder(dim=WIDTH, depth=1, heads=2, attn_dim_head=8, attn_flash=True, verbose=False)
         torch.manual_seed(0)
         return ContinuousTransformerWrapper(
             dim_in=D, dim_out=D, max_seq_len=32, use_abs_pos_emb=False, attn_layers=layers
         ).to(DTYPE)
-    short = {'max_seq_len': 3, 'max_mem_len': 32} if kind == 'xl' else {}
+    short = {'max_seq_len': SEGMENT, 'max_mem_len': 32} if kind == 'xl' else {}
     return decoder(num_tokens=V, use_abs_pos_emb=False, layers_attn_flash=True, dtype=DTYPE, **short)
 
 
-def wrapper(kind: str, weighting: Any, fused: Any) -> nn.Module:
-    if kind == 'ar':
-        return AutoregressiveWrapper(network(kind), loss_weighting=weighting, fused=fused)
-    ours = XLAutoregressiveWrapper if kind == 'xl' else ContinuousAutoregressiveWrapper
-    return ours(network(kind), loss_weighting=weighting)
-
-
-def random_call(draw: random.Random, kind: str) -> dict[str, Any]:
-    """x and a random choice of everything that goes with it."""
-    torch.manual_seed(draw.getrandbits(32))
-    b, n = draw.choice([0, 1, 1, 2, 3]), draw.randint(1, 8)
-
-    def integer(t: Tensor) -> Tensor:
-        return t.to(draw.choice(INTEGERS))
-
-    call: dict[str, Any] = {'x': torch.randn(b, n, D, dtype=DTYPE)}
-    if kind != 'continuous':
-        x = torch.randint(0, V, (b, n))
-        call['x'] = x.masked_fill(torch.rand(b, n) < 0.2, -100) if draw.random() < 0.3 else integer(x)
-    made = {
-        'lens': lambda: integer(torch.randint(0, n + 1, (b,))),
-        'mask': lambda: random_mask(draw, b, n),
-        'loss_mask': lambda: torch.rand(b, n) < 0.7,
-        'loss_weight': lambda: torch.randn((b, n) if draw.random() < 0.5 else (b,), dtype=DTYPE),
-        'seq_start_pos': lambda: integer(torch.randint(0, n + 1, (b,))),
-        'segment_ids': lambda: integer((torch.rand(b, n) < 0.4).cumsum(-1) * (torch.rand(b, n) < 0.9)),
-        'normalizer': lambda: draw.choice([1.5, 3, torch.tensor(0.0), torch.tensor(2, dtype=torch.uint16)]),
-    }
-    for name, make in made.items():
-        if draw.random() < 0.3 and not (kind != 'ar' and name == 'segment_ids'):
-            call[name] = make()
-    return call
-
-
-def random_mask(draw: random.Random, b: int, n: int) -> Tensor:
-    """(b, n) bool: padding on the right, on the left, or holes."""
-    real = torch.arange(n) < torch.randint(0, n + 1, (b, 1))
-    return draw.choice([real, real.flip(1), torch.rand(b, n) < 0.7])
-
-
-def spoilt(draw: random.Random, call: dict[str, Any]) -> str:
-    """Spoil one argument of the call, its dtype or its shape, and return its name."""
-    name = draw.choice(list(call))
-    value = call[name]
-    if not isinstance(value, Tensor) or draw.random() < 0.5:
-        call[name] = value.to(torch.complex64) if isinstance(value, Tensor) else [value]
-    else:
-        call[name] = value[None, None]
-    return name
+@cache
+def whole(kind: str) -> nn.Module:
+    """The network with the same parameters, long enough for a row."""
+    return network('ar' if kind == 'xl' else kind)
 
 
 def alone(kind: str, call: dict[str, Any]) -> Tensor:
@@ -97,82 +48,109 @@ def alone(kind: str, call: dict[str, Any]) -> Tensor:
     x = call['x'] if kind == 'continuous' else call['x'].long()
     x = torch.where(x == -100, 0, x)
     b, n = x.shape[:2]
+    before = call.get('prepend_embeds', torch.zeros(b, 0, WIDTH, dtype=DTYPE))
+    p = before.shape[1]
     out = torch.zeros(b, n, D if kind == 'continuous' else V, dtype=DTYPE)
     for row in range(b):
         runs: dict[Any, list[int]] = {}
-        number = 0
+        number, start = 0, call['seq_start_pos'][row].item() if 'seq_start_pos' in call else 0
         for i in range(n):
             if i and 'segment_ids' in call:
                 number += call['segment_ids'][row, i].item() != call['segment_ids'][row, i - 1].item()
+            if 'dropout_mems' in call:
+                number = i // SEGMENT
             hidden = 'mask' in call and not call['mask'][row, i].item()
-            if not hidden and i >= (call['seq_start_pos'][row].item() if 'seq_start_pos' in call else 0):
+            if not hidden and p + i >= start:
                 runs.setdefault(number, []).append(i)
         for places in runs.values():
-            out[row, places] = whole(kind)(x[row, places][None])[0]
+            seen = {'prepend_embeds': before[row, start:][None]} if start < p else {}
+            out[row, places] = whole(kind)(x[row, places][None], **seen)[0, -len(places) :]
     return out
 
 
-@cache
-def whole(kind: str) -> nn.Module:
-    """The network with the same parameters, long enough for a row."""
-    if kind != 'xl':
-        return network(kind)
-    return decoder(num_tokens=V, use_abs_pos_emb=False, layers_attn_flash=True, dtype=DTYPE)
+def wanted(call: Call, out: Tensor | None, seed: int) -> Expected:
+    """What the oracle says."""
+    arguments, x, z = call.arguments, call.arguments['x'], call.arguments.get('normalizer')
+    given: dict[str, Any] = {'weighting': call.weighting, 'normalizer': None if z is None else float(z)}
+    kind = 'absolute' if call.options.get('use_l1_loss') else 'squared'
+    if call.steps > 1:
+        real = torch.ones(x.shape[:2], dtype=torch.bool) & arguments.get('mask', torch.tensor(True))
+        if 'lens' in arguments:
+            real = real & (torch.arange(x.shape[1]) < arguments['lens'].long()[:, None])
+        torch.manual_seed(seed)
+        rolled = rolled_out(network(call.kind), x, real.sum(1).tolist(), call.steps, arguments.get('loss_weight'))
+        return expected_rollout(rolled, kind, **given)[0]
+    given |= {name: arguments[name] for name in COUNTING if name in arguments}
+    given['loss_weight'] = arguments.get('loss_weight')
+    if call.kind == 'continuous':
+        return expected_frames(out[:, :-1], x, kind, **given)
+    return expected(out, x, prepend_len=arguments.get('prepend_embeds', out[:, :0]).shape[1], **given)
 
 
-@torch.no_grad()
 def try_one(seed: int) -> str:
     """Make a call and hold it to the oracle; return what it was, or raise AssertionError."""
     draw = random.Random(seed)
-    kind = draw.choice(['ar', 'xl', 'continuous'])
-    weighting, fused = draw.choice(WEIGHTINGS), draw.choice(['auto', True, False])
-    call = random_call(draw, kind)
-    module = wrapper(kind, weighting, fused)
+    call = random_call(draw)
+    with torch.set_grad_enabled(draw.random() < 0.2):
+        try:
+            return judge(call, seed)
+        except Exception as error:
+            raise AssertionError(f'seed {seed}: {error!r} of {call}') from error
 
-    bad = spoilt(draw, call) if draw.random() < 0.1 else None
-    may_refuse = bad is not None or (REFUSED[kind] and REFUSED[kind] <= call.keys())
-    what = f'seed {seed}: {kind}, {weighting}, fused={fused}, {call}'
+
+def judge(call: Call, seed: int) -> str:
+    arguments, must_refuse = call.arguments, call.bad or dict.fromkeys(refused(call), ValueError)
+    torch.manual_seed(seed)
     try:
-        loss = module(**call)
+        module = OURS[call.kind](network(call.kind), **call.options)
+        result = module(**arguments)
     except (TypeError, ValueError) as error:
-        named = any(name in str(error) for name in ([bad] if bad else call))
-        if may_refuse and named:
-            return 'refused'
-        raise AssertionError(what) from error
-    except Exception as error:
-        raise AssertionError(what) from error
-    if may_refuse:
-        raise AssertionError(f'not refused, {bad}: {what}')
+        names = [name for name, kind in must_refuse.items() if type(error) is kind and name in str(error)]
+        if not names or (call.bad and not str(error).startswith(names[0])):
+            raise
+        return 'refused'
+    assert not must_refuse, f'not refused: {must_refuse}'
 
-    z = call.get('normalizer')
-    options = {
-        'weighting': weighting,
-        'loss_weight': call.get('loss_weight'),
-        'normalizer': None if z is None else float(z),
-    }
-    options |= {name: call[name] for name in COUNTING if name in call}
-    x, out = call['x'], alone(kind, call)
-    want = (
-        expected_frames(out[:, :-1], x, 'squared', **options) if kind == 'continuous' else expected(out, x, **options)
-    )
-    if not abs(loss.item() - want.loss) <= 1e-9 * max(1, abs(want.loss)):
-        raise AssertionError(f'{loss.item()} instead of {want.loss}: {what}')
-    if 'normalizer' not in call:
-        total = module.loss_normalizer(**{name: value for name, value in call.items() if name != 'loss_weight'})
-        if not abs(total.item() - want.normalizer) <= 1e-9 * max(1, want.normalizer):
-            raise AssertionError(f'Z is {total.item()} instead of {want.normalizer}: {what}')
+    differentiates = torch.is_grad_enabled()
+    with torch.set_grad_enabled(differentiates and call.kind != 'xl'):  # which backpropagates through a segment
+        out = alone(call.kind, arguments) if call.steps == 1 else None
+    loss, *more = result if isinstance(result, tuple) else [result]
+    want = wanted(call, None if out is None else out.detach(), seed)
+    close('loss', loss, want.loss)
+    if 'return_breakdown' in arguments:
+        breakdown = more.pop()
+        close('token_loss', breakdown.token_loss, want.token_loss)
+        close('weight', breakdown.weight, want.weight)
+        close('normalizer', breakdown.normalizer, want.normalizer)
+        close('auxiliary', breakdown.auxiliary, 0.0)
+    if 'return_outputs' in arguments:
+        counted = torch.tensor(want.counted, dtype=torch.bool).view(out.shape[0], out.shape[1] - 1)
+        close('logits', more.pop()[0][counted], out[:, :-1][counted].tolist())
+    assert not more
+    if 'normalizer' not in arguments:
+        close('Z', module.loss_normalizer(**arguments), want.normalizer)
+    if differentiates:
+        judge_gradients(call, module, loss, out, want)
     return 'right'
 
 
-def outcomes(seeds: Iterator[int] | range) -> Counter[str]:
-    """How many calls were right, and how many refused."""
-    return Counter(map(try_one, seeds))
+def judge_gradients(call: Call, module: nn.Module, loss: Tensor, out: Tensor | None, want: Expected) -> None:
+    """They are finite, and those of the oracle where the whole row is one graph."""
+    got = gradients(loss, module.net)
+    assert all(grad.isfinite().all() for grad in got.values())
+    if call.kind == 'xl' or out is None or not out.requires_grad:
+        return
+    x = call.arguments['x']
+    if call.kind == 'continuous':
+        kind = 'absolute' if call.options['use_l1_loss'] else 'squared'
+        slow = differentiable_frames(out[:, :-1], x, want, kind)
+    else:
+        slow = differentiable(out, x, want)
+    assert_same_gradients(got, gradients(slow, module.net) if slow.requires_grad else {}, 1e-9, floor=1e-3)
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--calls', type=int, default=41_000)
-    parser.add_argument('--start', type=int, default=0, help='the first seed')
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(dict(outcomes(range(args.start, args.start + args.calls))))
+def close(what: str, got: Tensor, want: Any) -> None:
+    """Raise AssertionError unless it is the oracle's, to 1e-9."""
+    want = torch.tensor(want, dtype=DTYPE)
+    if want.numel() != got.numel() or not torch.allclose(got.detach(), want.view_as(got), rtol=1e-9, atol=1e-9):
+        raise AssertionError(f'{what} is {got.tolist()} instead of {want.tolist()}')

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import fuzz
+import fuzz_calls
 import pytest
 import torch
 from hypothesis import given
@@ -21,20 +22,24 @@ from torch.nn.functional import pad
 Call = dict[str, Any]
 KINDS = st.sampled_from(['ar', 'xl', 'continuous'])
 SEEDS = st.integers(0, 2**32)
-WEIGHTINGS = st.one_of(st.sampled_from(fuzz.WEIGHTINGS), st.floats(0, 1))
+WEIGHTINGS = st.one_of(st.sampled_from(fuzz_calls.WEIGHTINGS), st.floats(0, 1))
 FUSED = st.sampled_from(['auto', True, False])
 FACTORS = st.one_of(st.just(0.0), st.floats(-4, -1e-3), st.floats(1e-3, 4))
-SHARED = [w for w in fuzz.WEIGHTINGS if w not in ('padded', 'sequence_sum')]  # those whose shares sum to one
+SHARED = [w for w in fuzz_calls.WEIGHTINGS if w not in ('padded', 'sequence_sum')]  # those whose shares sum to one
 
 
 def random_call(kind: str, seed: int, *without: str) -> Call:
     """A call of `fuzz` that is not refused, with none of the arguments of these names, and no normalizer."""
-    call = fuzz.random_call(random.Random(seed), kind)
-    for name in {*without, 'normalizer', *sorted(fuzz.REFUSED[kind] & call.keys())[1:]} & call.keys():
-        del call[name]
-    if kind == 'xl':
-        call.pop('seq_start_pos', None)
-    return call
+    torch.manual_seed(seed % 2**32)
+    call = fuzz_calls.random_arguments(random.Random(seed), kind)
+    refused = {'ar': {'seq_start_pos'} if 'segment_ids' in call else set(), 'xl': {'segment_ids', 'seq_start_pos'}}
+    known = {'x', 'loss_weight', *fuzz.COUNTING} - {*without, *refused.get(kind, {'segment_ids'})}
+    return {name: value for name, value in call.items() if name in known}
+
+
+def wrapper_of(kind: str, weighting: Any, fused: Any) -> nn.Module:
+    fusing = {} if kind == 'continuous' else {'fused': fused}
+    return fuzz.OURS[kind](fuzz.network(kind), loss_weighting=weighting, **fusing)
 
 
 def rows(call: Call, which: Any) -> Call:
@@ -72,14 +77,14 @@ def test_the_oracle_agrees(seed: int) -> None:
 
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED)
 def test_order_does_not_matter(kind: str, seed: int, weighting: Any, fused: Any) -> None:
-    wrapper, call = fuzz.wrapper(kind, weighting, fused), random_call(kind, seed)
+    wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
     want = value_and_gradients(wrapper, call)
     assert_same(wrapper, rows(call, torch.randperm(len(call['x']))), want=want)
 
 
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED)
 def test_micro_batches_are_the_batch(kind: str, seed: int, weighting: Any, fused: Any) -> None:
-    wrapper, call = fuzz.wrapper(kind, weighting, fused), random_call(kind, seed)
+    wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
     want, cut = value_and_gradients(wrapper, call), random.Random(seed).randint(0, len(call['x']))
     assert_same(wrapper, rows(call, slice(cut)), rows(call, slice(cut, None)), want=want)
 
@@ -103,13 +108,13 @@ def test_padding_changes_nothing(kind: str, seed: int, weighting: Any, fused: An
         wider[name] = pad(wide, (*features, *sides)) if per_token else value
     if left and 'seq_start_pos' in call:
         wider['seq_start_pos'] = call['seq_start_pos'].long() + 3
-    wrapper = fuzz.wrapper(kind, weighting, fused)
+    wrapper = wrapper_of(kind, weighting, fused)
     assert_same(wrapper, wider, want=value_and_gradients(wrapper, call))
 
 
 @given(seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED)
 def test_unpadding_changes_nothing(seed: int, weighting: Any, fused: Any) -> None:
-    wrapper, call = fuzz.wrapper('ar', weighting, fused), random_call('ar', seed)
+    wrapper, call = wrapper_of('ar', weighting, fused), random_call('ar', seed)
     want, (_, breakdown) = value_and_gradients(wrapper, call), wrapper(**call, return_breakdown=True)
     wrapper.unpad = True
     assert_same(wrapper, call, want=want)
@@ -120,7 +125,7 @@ def test_unpadding_changes_nothing(seed: int, weighting: Any, fused: Any) -> Non
 @given(kind=KINDS, seed=SEEDS, weighting=st.one_of(st.sampled_from(SHARED), st.floats(0, 1)))
 def test_shares_sum_to_one(kind: str, seed: int, weighting: Any) -> None:
     call = random_call(kind, seed, 'loss_weight')
-    breakdown = fuzz.wrapper(kind, weighting, 'auto')(**call, return_breakdown=True)[1]
+    breakdown = wrapper_of(kind, weighting, 'auto')(**call, return_breakdown=True)[1]
     assert ((breakdown.weight != 0) == counted(call)).all()
     total = (breakdown.weight / breakdown.normalizer).sum().item() if counted(call).any() else 1
     assert total == pytest.approx(1, abs=1e-6 if breakdown.weight.dtype == torch.float32 else 1e-12)
@@ -128,8 +133,8 @@ def test_shares_sum_to_one(kind: str, seed: int, weighting: Any) -> None:
 
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED, times=FACTORS)
 def test_loss_weight_scales_the_loss(kind: str, seed: int, weighting: Any, fused: Any, times: float) -> None:
-    wrapper, call = fuzz.wrapper(kind, weighting, fused), random_call(kind, seed)
-    weight = call.setdefault('loss_weight', torch.ones(len(call['x']), dtype=fuzz.DTYPE))
+    wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
+    weight = call.setdefault('loss_weight', torch.ones(len(call['x']), dtype=fuzz_calls.DTYPE))
     want = value_and_gradients(wrapper, call)
     assert_same(wrapper, call | {'loss_weight': weight * times}, want=want, times=times)
 
@@ -137,9 +142,9 @@ def test_loss_weight_scales_the_loss(kind: str, seed: int, weighting: Any, fused
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED, junk=st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_what_does_not_count_does_not_matter(kind: str, seed: int, weighting: Any, fused: Any, junk: float) -> None:
     """Broken weights where nothing counts; broken frames, and ids that do not exist, where there is padding."""
-    wrapper, call = fuzz.wrapper(kind, weighting, fused), random_call(kind, seed)
+    wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
     b, n = call['x'].shape[:2]
-    weight = call.get('loss_weight', torch.ones(b, n, dtype=fuzz.DTYPE))
+    weight = call.get('loss_weight', torch.ones(b, n, dtype=fuzz_calls.DTYPE))
     call['loss_weight'] = weight if weight.ndim == 2 else weight[:, None].repeat(1, n)
     want = value_and_gradients(wrapper, call)
 
@@ -156,7 +161,7 @@ def test_what_does_not_count_does_not_matter(kind: str, seed: int, weighting: An
     if kind == 'continuous':
         broken = call['x'].masked_fill(padding[..., None], junk)
     else:
-        ids = torch.tensor([-1, 10**12, -(2**63), 2**63 - 1, fuzz.V])[torch.randint(0, 5, (b, n))]
+        ids = torch.tensor([-1, 10**12, -(2**63), 2**63 - 1, fuzz_calls.V])[torch.randint(0, 5, (b, n))]
         broken = torch.where(padding, ids, call['x'].long())
     uncounted = pad(~counted(call), (1, 0), value=True)
     assert_same(
@@ -167,20 +172,20 @@ def test_what_does_not_count_does_not_matter(kind: str, seed: int, weighting: An
 @given(kind=KINDS, seed=SEEDS, fused=FUSED)
 def test_sequence_is_the_mean_over_rows_of_the_mean_over_a_row(kind: str, seed: int, fused: Any) -> None:
     call = random_call(kind, seed, 'segment_ids')
-    row_loss = fuzz.wrapper(kind, 'token', fused)
+    row_loss = wrapper_of(kind, 'token', fused)
     losses = [
         row_loss(**rows(call, slice(row, row + 1))).item() for row in counted(call).any(1).nonzero()[:, 0].tolist()
     ]
     mean = math.fsum(losses) / max(len(losses), 1)
-    assert fuzz.wrapper(kind, 'sequence', fused)(**call).item() == pytest.approx(mean, rel=1e-9, abs=1e-9)
+    assert wrapper_of(kind, 'sequence', fused)(**call).item() == pytest.approx(mean, rel=1e-9, abs=1e-9)
 
 
 @given(kind=KINDS, seed=SEEDS, fused=FUSED, p=st.floats(0, 1), q=st.floats(0, 1))
 def test_an_exponent_is_continuous(kind: str, seed: int, fused: Any, p: float, q: float) -> None:
     """|d loss / dp| ≤ 2 ln(L) max|ℓ · loss_weight|, L the targets of the longest sequence."""
     call = random_call(kind, seed)
-    loss, other = (fuzz.wrapper(kind, power, fused)(**call).item() for power in (p, q))
-    parts = fuzz.wrapper(kind, 'token', fused)(**call, return_breakdown=True)[1]
+    loss, other = (wrapper_of(kind, power, fused)(**call).item() for power in (p, q))
+    parts = wrapper_of(kind, 'token', fused)(**call, return_breakdown=True)[1]
     largest = max((parts.weight * parts.token_loss).abs().flatten().tolist(), default=0.0)
     assert abs(loss - other) <= 2 * math.log(call['x'].shape[1]) * largest * abs(p - q) + 1e-9
 
@@ -188,5 +193,5 @@ def test_an_exponent_is_continuous(kind: str, seed: int, fused: Any, p: float, q
 @given(kind=KINDS, seed=SEEDS, fused=FUSED, end=st.sampled_from([(0.0, 'token'), (0.5, 'square'), (1.0, 'sequence')]))
 def test_an_exponent_begins_and_ends_with_a_name(kind: str, seed: int, fused: Any, end: tuple[float, str]) -> None:
     call = random_call(kind, seed)
-    want = value_and_gradients(fuzz.wrapper(kind, end[1], fused), call)
-    assert_same(fuzz.wrapper(kind, end[0], fused), call, want=want)
+    want = value_and_gradients(wrapper_of(kind, end[1], fused), call)
+    assert_same(wrapper_of(kind, end[0], fused), call, want=want)

@@ -1,0 +1,89 @@
+"""Random calls of all that is public, right by the oracle or refused by name, and no growth in memory.
+
+By hand, ``python tests/soak.py --calls 500000``; `tests/test_soak.py` is a short form of it.
+"""
+
+import argparse
+import gc
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import fuzz
+import fuzz_helpers
+import torch
+from torch import Tensor
+
+WARM_UP = 3_000  # calls, for what is made once: networks, verdicts, arenas of the allocator
+MEBIBYTES, TENSORS = 8.0, 50  # what may come to be after that
+
+
+def outcomes(seeds: Iterable[int]) -> Counter[str]:
+    """How many calls were right, and how many refused; every fourth is of a function beside the wrappers."""
+    return Counter((fuzz_helpers if seed % 4 == 3 else fuzz).try_one(seed) for seed in seeds)
+
+
+def resident() -> float:
+    """MiB of memory that this process has; where nobody tells, the most it ever had."""
+    statm = Path('/proc/self/statm')
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def held() -> tuple[float, int]:
+    """Memory, and how many tensors are alive."""
+    gc.collect()
+    return resident(), sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def growth(before: tuple[float, int], after: tuple[float, int]) -> str | None:
+    """What grew, and by how much; None where nothing did."""
+    memory, tensors = after[0] - before[0], after[1] - before[1]
+    if memory <= MEBIBYTES and tensors <= TENSORS:
+        return None
+    return f'{memory:.1f} MiB and {tensors} tensors more than after the warm-up'
+
+
+def blocks(start: int, calls: int, size: int) -> Iterator[range]:
+    for first in range(start, start + calls, size):
+        yield range(first, min(first + size, start + calls))
+
+
+def main() -> None:
+    """Soak, print where it is now and then, and exit with what is wrong."""
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--calls', type=int, default=500_000)
+    parser.add_argument('--start', type=int, default=0, help='the first seed')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    found: Counter[str] = outcomes(range(args.start, args.start + min(WARM_UP, args.calls)))
+    before = held()
+    print(f'after the warm-up: {before[0]:.1f} MiB, {before[1]} tensors', flush=True)
+    rest = args.calls - found.total()
+    with tqdm(total=rest, mininterval=30, smoothing=0) as bar:
+        for block in blocks(args.start + found.total(), rest, 10_000):
+            for seed in block:
+                try:
+                    found += outcomes([seed])
+                except AssertionError as error:
+                    found['wrong'] += 1
+                    print(error, flush=True)
+                bar.update()
+            memory, tensors = held()
+            print(f'{found.total()} calls: {dict(found)}, {memory:.1f} MiB, {tensors} tensors', flush=True)
+    grown = growth(before, held())
+    print(dict(found), 'nothing grew' if grown is None else grown)
+    if found['wrong'] or grown:
+        raise SystemExit(1)
+
+
+if __name__ == '__main__':
+    main()
