@@ -10,6 +10,7 @@ from networks import Unreachable, decoder
 from torch import nn
 from wrong_things import NOTHING_LIKE_IT, Wrong, of_type, tensors
 from x_transformers import AutoregressiveWrapper as UpstreamWrapper
+from x_transformers import Decoder
 
 from xtloss import (
     AutoregressiveWrapper,
@@ -20,6 +21,7 @@ from xtloss import (
 )
 
 B, N, D = 4, 8, 3
+LAYERS = Decoder(dim=16, depth=1, heads=2, verbose=False)
 ROWS = torch.ones(B).long()
 IDS, FLAGS, WEIGHTS = torch.ones(B, N).long(), torch.ones(B, N).bool(), torch.ones(B, N)
 FRAMES, EMBEDS = torch.ones(B, N, D), torch.ones(B, 5, 16)
@@ -28,7 +30,7 @@ FRAMES, EMBEDS = torch.ones(B, N, D), torch.ones(B, 5, 16)
 def network() -> nn.Module:
     """One that any wrapper takes, and that must not run."""
     net = Unreachable()
-    net.emb_dim, net.probabilistic = 16, False
+    net.emb_dim, net.probabilistic, net.attn_layers = 16, False, LAYERS
     return net
 
 
@@ -61,6 +63,11 @@ FRAMES_OF_X = tensors(
 MASKS = {
     'prepend_mask': tensors(torch.ones(B, 0).bool(), 'bool', '(4, 0)', (B, 1), (1, 0), (B,), ()),
     'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, 8)', *OF_TOKENS),
+}
+ATTN_MASK = {
+    'attn_mask': tensors(
+        torch.ones(N, N).bool(), 'bool', '(i, k), (h, i, k) or (b, h, i, k)', (N,), (), (1, 1, 1, N, N)
+    )
 }
 MEMORY, MEMORY_MASK = torch.ones(B, 5, 16), torch.ones(B, 5).bool()
 
@@ -108,7 +115,7 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
                 EMBEDS, 'floating point', '(4, p, 16)', (5, 16), (1, 5, 16), (B, 5, 15), (B, 1, 5, 16), (), (B,)
             ),
         },
-        {'seq_start_pos': STARTS, **MASKS, **MEMORIES},
+        {'seq_start_pos': STARTS, **MASKS, **ATTN_MASK, **MEMORIES},
     ),
     (
         ContinuousAutoregressiveWrapper,
@@ -119,7 +126,7 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
             'loss_fn': of_type('callable', *[value for value in NOTHING_LIKE_IT if not callable(value)], 3, True),
         },
         {'x': FRAMES_OF_X, **COUNTING, 'rollout_steps': wrong.COUNT},
-        {'seq_start_pos': STARTS, **REFUSED, **MEMORIES},
+        {'seq_start_pos': STARTS, **REFUSED, **ATTN_MASK, **MEMORIES},
     ),
     (
         XLAutoregressiveWrapper,
@@ -132,7 +139,7 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
             'dropout_mems': wrong.FLAG,
             'ttt_recurrent_steps': wrong.COUNT,
         },
-        {'mem_masks': MEMORIES['mem_masks'], 'seq_start_pos': [*STARTS, refused(ROWS)], **REFUSED},
+        {'mem_masks': MEMORIES['mem_masks'], 'seq_start_pos': [*STARTS, refused(ROWS)], **REFUSED, **ATTN_MASK},
     ),
 ]
 

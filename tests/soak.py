@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3_000  # calls, for what is made once: networks, verdicts, arenas of the allocator
-MEBIBYTES, TENSORS = 8.0, 50  # what may come to be after that
+MEBIBYTES, TENSORS = 8.0, 5  # what may come to be after that
 
 
 def outcomes(seeds: Iterable[int]) -> Counter[str]:
@@ -49,13 +49,16 @@ def growth(before: tuple[float, int], after: tuple[float, int]) -> str | None:
     return f'{memory:.1f} MiB and {tensors} tensors more than after the warm-up'
 
 
-def blocks(start: int, calls: int, size: int) -> Iterator[range]:
-    for first in range(start, start + calls, size):
-        yield range(first, min(first + size, start + calls))
+def blocks(start: int, calls: int, size: int = 10_000) -> Iterator[range]:
+    """The seeds: those of the warm-up, then so many at a time."""
+    first, end = start + min(WARM_UP, calls), start + calls
+    yield range(start, first)
+    for begin in range(first, end, size):
+        yield range(begin, min(begin + size, end))
 
 
 def main() -> None:
-    """Soak, print where it is now and then, and exit with what is wrong."""
+    """Soak, print where it is now and then, and exit with 1 where something is wrong or grew."""
     from tqdm import tqdm
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -64,23 +67,23 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    found: Counter[str] = outcomes(range(args.start, args.start + min(WARM_UP, args.calls)))
-    before = held()
-    print(f'after the warm-up: {before[0]:.1f} MiB, {before[1]} tensors', flush=True)
-    rest = args.calls - found.total()
-    with tqdm(total=rest, mininterval=30, smoothing=0) as bar:
-        for block in blocks(args.start + found.total(), rest, 10_000):
+    found: Counter[str] = Counter()
+    states = []
+    with tqdm(total=args.calls, mininterval=30, smoothing=0) as bar:
+        for block in blocks(args.start, args.calls):
             for seed in block:
                 try:
                     found += outcomes([seed])
                 except AssertionError as error:
                     found['wrong'] += 1
-                    print(error, flush=True)
+                    bar.write(str(error), file=sys.stderr)
                 bar.update()
-            memory, tensors = held()
-            print(f'{found.total()} calls: {dict(found)}, {memory:.1f} MiB, {tensors} tensors', flush=True)
-    grown = growth(before, held())
-    print(dict(found), 'nothing grew' if grown is None else grown)
+            states.append(held())
+            memory, tensors = states[-1]
+            state = f'{found.total()} calls: {dict(found)}, {memory:.1f} MiB, {tensors} tensors'
+            bar.write(state, file=sys.stderr)
+    grown = growth(states[0], states[-1])
+    print('nothing grew' if grown is None else grown)
     if found['wrong'] or grown:
         raise SystemExit(1)
 

@@ -199,6 +199,13 @@ def check_key_masks(
         check_device(name, mask, x.device)
 
 
+def check_attn_mask(attn_mask: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless it has the dims of i queries, k keys, and h heads and b rows where it differs there."""
+    if not 2 <= attn_mask.ndim <= 4:
+        raise ValueError(f'attn_mask must have shape (i, k), (h, i, k) or (b, h, i, k), got {tuple(attn_mask.shape)}')
+    check_device('attn_mask', attn_mask, x.device)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, as people write it."""
     return str(dtype).removeprefix('torch.')

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xtloss.checks import (
     ARGUMENTS,
+    check_attn_mask,
     check_batch,
     check_dtype,
     check_key_masks,
@@ -26,7 +27,7 @@ from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
 from xtloss.weighting.targets import Targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, check_weighting_types, resolve_weighting
-from xtloss.wrappers.attention_masks import memory_length
+from xtloss.wrappers.attention_masks import is_known, memory_length
 from xtloss.wrappers.memories import OF_LAYERS, check_memory_shapes, check_memory_types
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
@@ -129,11 +130,17 @@ class LossWrapper(nn.Module):
         for name, mask in masks.items():
             check_dtype(name, mask, 'bool')
         check_memory_types(given)
+        judges = 'segment_ids' in given or is_known(self.net)  # another network may take another attn_mask
+        attn_mask = given.get('attn_mask') if judges else None
+        if attn_mask is not None:
+            check_dtype('attn_mask', attn_mask, 'bool')
         width = getattr(self.net, 'emb_dim', None)
         check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
         if getattr(self.net, 'has_multiple_heads', False):
             raise ValueError(f'net must have one head to make logits, got num_output_heads={len(self.net.to_logits)}')
         check_memory_shapes(given, x)
+        if attn_mask is not None:
+            check_attn_mask(attn_mask, x)
         prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
         check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended + memory_length(given)))
         layers = {name: list(given[name]) for name in OF_LAYERS if name in given}  # which the network copies
