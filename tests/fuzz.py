@@ -100,15 +100,17 @@ def try_one(seed: int) -> str:
 
 def judge(call: Call, seed: int) -> str:
     arguments, must_refuse = call.arguments, call.bad or dict.fromkeys(refused(call), ValueError)
+    if TypeError in must_refuse.values():  # which come first
+        must_refuse = {name: kind for name, kind in must_refuse.items() if kind is TypeError}
     torch.manual_seed(seed)
     try:
         module = OURS[call.kind](network(call.kind), **call.options)
         result = module(**arguments)
     except (TypeError, ValueError) as error:
-        names = [name for name, kind in must_refuse.items() if type(error) is kind and name in str(error)]
-        if not names or (call.bad and not str(error).startswith(names[0])):
-            raise
-        return 'refused'
+        for name, kind in must_refuse.items():
+            if type(error) is kind and (str(error).startswith(f'{name} ') or (name in str(error) and not call.bad)):
+                return 'refused'
+        raise
     assert not must_refuse, f'not refused: {must_refuse}'
 
     differentiates = torch.is_grad_enabled()

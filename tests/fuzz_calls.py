@@ -27,7 +27,7 @@ KIND_OF = {'mask': 'bool', 'loss_mask': 'bool', 'loss_weight': 'floating point',
 
 
 class Call(NamedTuple):
-    """What is called how. `bad`: the argument or option that is spoilt, and the error that it must raise."""
+    """What is called how. `bad`: the arguments or options that are spoilt, and what each must raise."""
 
     kind: str  # of wrapper: 'ar', 'xl' or 'continuous'
     options: dict[str, Any]
@@ -119,9 +119,10 @@ def random_call(draw: random.Random) -> Call:
     kind = draw.choice(['ar', 'xl', 'continuous'])
     call = Call(kind, random_options(draw, kind), random_arguments(draw, kind), {})
     if draw.random() < 0.2:
-        options = [name for name in call.options if name in OPTIONS]
-        where = call.options if draw.random() < 0.2 else call.arguments
-        for name in draw.sample(options if where is call.options else list(where), 1):
+        of_options = draw.random() < 0.2
+        where = call.options if of_options else call.arguments
+        names = [name for name in where if name in OPTIONS or not of_options]
+        for name in draw.sample(names, min(len(names), draw.choice([1, 1, 2]))):
             where[name], call.bad[name] = spoil(draw, name, where[name])
     return call
 
