@@ -43,7 +43,7 @@ def whole(kind: str) -> nn.Module:
     return network('ar' if kind == 'xl' else kind)
 
 
-def alone(kind: str, call: dict[str, Any]) -> Tensor:
+def alone(kind: str, call: dict[str, Any], prefix: Tensor | None = None) -> Tensor:
     """What the bare network says of each token, (b, n, v or d), from those before that it may see, and nothing else."""
     x = call['x'] if kind == 'continuous' else call['x'].long()
     x = torch.where(x == -100, 0, x)
@@ -64,7 +64,10 @@ def alone(kind: str, call: dict[str, Any]) -> Tensor:
                 runs.setdefault(number, []).append(i)
         for places in runs.values():
             seen = {'prepend_embeds': before[row, start:][None]} if start < p else {}
-            out[row, places] = whole(kind)(x[row, places][None], **seen)[0, -len(places) :]
+            ids = x[row, places]
+            if prefix is not None and 'dropout_mems' not in call:
+                ids = torch.cat([prefix[row], ids])
+            out[row, places] = whole(kind)(ids[None], **seen)[0, -len(places) :]
     return out
 
 
@@ -102,6 +105,8 @@ def judge(call: Call, seed: int) -> str:
     arguments, must_refuse = call.arguments, call.bad or dict.fromkeys(refused(call), ValueError)
     if TypeError in must_refuse.values():  # which come first
         must_refuse = {name: kind for name, kind in must_refuse.items() if kind is TypeError}
+    if call.prefix is not None:
+        arguments = {**arguments, 'mems': network(call.kind)(call.prefix, return_mems=True)[1]}
     torch.manual_seed(seed)
     try:
         module = OURS[call.kind](network(call.kind), **call.options)
@@ -115,7 +120,7 @@ def judge(call: Call, seed: int) -> str:
 
     differentiates = torch.is_grad_enabled()
     with torch.set_grad_enabled(differentiates and call.kind != 'xl'):  # which backpropagates through a segment
-        out = alone(call.kind, arguments) if call.steps == 1 else None
+        out = alone(call.kind, arguments, call.prefix) if call.steps == 1 else None
     loss, *more = result if isinstance(result, tuple) else [result]
     want = wanted(call, None if out is None else out.detach(), seed)
     close('loss', loss, want.loss)

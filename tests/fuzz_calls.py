@@ -33,6 +33,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
     arguments: dict[str, Any]
     bad: dict[str, type[Exception]]
+    prefix: Tensor | None = None  # (b, m), of which 'xl' has memories
 
     @property
     def weighting(self) -> Any:
@@ -117,7 +118,10 @@ def spoil(draw: random.Random, name: str, value: Any) -> tuple[Any, type[Excepti
 def random_call(draw: random.Random) -> Call:
     torch.manual_seed(draw.getrandbits(32))
     kind = draw.choice(['ar', 'xl', 'continuous'])
-    call = Call(kind, random_options(draw, kind), random_arguments(draw, kind), {})
+    arguments, prefix = random_arguments(draw, kind), None
+    if kind == 'xl' and len(arguments['x']) and draw.random() < 0.2:
+        prefix = torch.randint(0, V, (len(arguments['x']), draw.randint(1, SEGMENT)))
+    call = Call(kind, random_options(draw, kind), arguments, {}, prefix)
     if draw.random() < 0.2:
         of_options = draw.random() < 0.2
         where = call.options if of_options else call.arguments
