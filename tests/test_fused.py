@@ -193,35 +193,9 @@ def test_certain_predictions_through_the_wrapper() -> None:
 
 OK = problem(4, 3, 7)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({'embed': [[1.0]]}, TypeError, r'embed must be .*tensor.*, got list'),
-    ({'embed': torch.zeros(4, 3).long()}, TypeError, r'embed must be floating point, got int64'),
-    ({'weight': torch.zeros(7, 3).bool()}, TypeError, r'weight must be floating point, got bool'),
-    ({'target': torch.zeros(4)}, TypeError, r'target must be integer, got float32'),
-    ({'target': torch.zeros(4).bool()}, TypeError, r'target must be integer, got bool'),
-    ({'token_weight': torch.ones(4).long()}, TypeError, r'token_weight must be floating point, got int64'),
-    ({'token_weight': 1.0}, TypeError, r'token_weight must be .*tensor.*, got float'),
-    ({'bias': torch.zeros(7).int()}, TypeError, r'bias must be floating point, got int32'),
-    ({'bias': True}, TypeError, r'bias must be .*tensor.*, got bool'),
-    ({'chunk_size': 2.0}, TypeError, r'chunk_size must be int, got float'),
-    ({'chunk_size': True}, TypeError, r'chunk_size must be int, got bool'),
-    ({'chunk_size': '8'}, TypeError, r'chunk_size must be int, got str'),
-    ({'weight': torch.zeros(7, 4), 'target': torch.zeros(4)}, TypeError, r'target must be integer, got float32'),
-    ({'embed': torch.zeros(2, 2, 3)}, ValueError, r'embed must have shape \(N, d\), got \(2, 2, 3\)'),
-    ({'weight': torch.zeros(7, 4)}, ValueError, r'weight must have shape \(vocab, 3\).*, got \(7, 4\)'),
-    ({'weight': torch.zeros(3)}, ValueError, r'weight must have shape \(vocab, 3\).*, got \(3,\)'),
-    ({'target': torch.zeros(5).long()}, ValueError, r'target must have shape \(4,\) like embed, got \(5,\)'),
-    ({'target': torch.zeros(4, 1).long()}, ValueError, r'target must have shape \(4,\) like embed, got \(4, 1\)'),
-    ({'token_weight': torch.zeros(())}, ValueError, r'token_weight must have shape \(4,\) like embed, got \(\)'),
-    ({'bias': torch.zeros(8)}, ValueError, r'bias must have shape \(7,\) like weight, got \(8,\)'),
-    ({'weight': torch.zeros(0, 3)}, ValueError, r'weight must have shape .* with vocab >= 1, got \(0, 3\)'),
-    ({'weight': torch.zeros(0, 3), 'chunk_size': 2}, ValueError, r'weight must have .* with vocab >= 1, got \(0, 3\)'),
     ({'target': OK.target - 100}, ValueError, r'target must be in \[0, 7\): index -\d+ is out of bounds.*'),
     ({'target': OK.target * 0 + 7}, ValueError, r'target must be in \[0, 7\): index 7 is out of bounds.*'),
     ({'target': OK.target * 0 - 1}, ValueError, r'target must be in \[0, 7\): index -1 is out of bounds.*'),
-    ({'chunk_size': 0}, ValueError, r'chunk_size must be >= 1, got 0'),
-    ({'weight': torch.zeros(7, 3, device='meta')}, ValueError, r'weight must be on cpu like embed, got meta'),
-    ({'target': OK.target.to('meta')}, ValueError, r'target must be on cpu like embed, got meta'),
-    ({'bias': torch.zeros(7, device='meta')}, ValueError, r'bias must be on cpu like embed, got meta'),
 ]
 
 

@@ -115,9 +115,10 @@ def test_normalizers_that_are_plain_numbers(compiled: Callable[..., Any]) -> Non
         assert fast(X, normalizer=z).item() == pytest.approx(plain / z, rel=1e-5)
 
 
-def test_compiled_function(compiled: Callable[..., Any]) -> None:
+@pytest.mark.parametrize('chunk_size', [2, 10**30])
+def test_compiled_function(chunk_size: int, compiled: Callable[..., Any]) -> None:
     p = problem(9, 3, 7)
-    loss, token_loss = compiled(Problem.solve)(p, chunk_size=2)
+    loss, token_loss = compiled(Problem.solve)(p, chunk_size=chunk_size)
     assert loss.item() == pytest.approx(oracle(p).loss, rel=1e-12)
     assert_near(token_loss, oracle(p).token_loss, 1e-12)
     for _ in range(2):  # again, with retain_graph

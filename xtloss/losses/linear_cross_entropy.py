@@ -88,6 +88,8 @@ def linear_cross_entropy(
         is_accelerated = accelerated.is_accelerated(embed.device)
         kept = gradient_dtype(dtype) if is_accelerated else loss_dtype(dtype)  # what a chunk's logits are kept in
         chunk_size = default_chunk_size(embed.shape[0], weight, kept, is_accelerated=is_accelerated)
+    elif chunk_size >= 2**63:  # more than a compiled graph can hold
+        chunk_size = 2**63 - 1
 
     inputs = embed, weight, bias
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
