@@ -44,7 +44,8 @@ def wrapper_of(kind: str, weighting: Any, fused: Any) -> nn.Module:
 
 def rows(call: Call, which: Any) -> Call:
     """The call with these rows only, in this order."""
-    return {name: value[which] for name, value in call.items()}
+    wide = {name: value.double() for name, value in call.items()}  # old torches cannot index unsigned integers
+    return {name: value[which].to(call[name].dtype) for name, value in wide.items()}
 
 
 def counted(call: Call) -> Tensor:
