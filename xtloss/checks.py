@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-# torch stores these and computes little with them; their bits are those of
+# torch stores these, and computes little but with the signed integers of the same bits
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *SIGNED)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,7 +66,8 @@ def check_batch(
         check_dtype(name, value, ARGUMENTS[name][0])
     if prepend_embeds is not None:
         check_dtype('prepend_embeds', prepend_embeds, 'floating point')
-    check_normalizer_type(normalizer)
+    if normalizer is not None:
+        check_number_type('normalizer', normalizer)
     for name, value in counts.items():
         check_integer(name, value)
     for name, value in (flags or {}).items():
@@ -85,7 +86,7 @@ def check_batch(
             )
         check_device(name, value, x.device)
     if prepend_embeds is not None:
-        check_embeds('prepend_embeds', prepend_embeds, x, width)
+        check_prepend_embeds(prepend_embeds, x, width)
     check_normalizer_range(normalizer, x.device)
     for name, value in counts.items():
         check_at_least_one(name, value)
@@ -172,14 +173,13 @@ def check_device(name: str, value: Tensor, device: torch.device, like: str = 'x'
         raise ValueError(f'{name} must be on {device} like {like}, got {value.device}')
 
 
-def check_embeds(name: str, embeds: Tensor, x: Tensor, width: int | None = None) -> None:
+def check_prepend_embeds(embeds: Tensor, x: Tensor, width: int | None) -> None:
     """Raise ValueError unless these are (b, p, width) embeddings beside x, of any width where it is None."""
     b = x.shape[0]
     if embeds.ndim != 3 or embeds.shape[0] != b or width not in (None, embeds.shape[2]):
-        raise ValueError(
-            f'{name} must have shape ({b}, p, {"d" if width is None else width}), got {tuple(embeds.shape)}'
-        )
-    check_device(name, embeds, x.device)
+        shape = f'({b}, p, {"d" if width is None else width})'
+        raise ValueError(f'prepend_embeds must have shape {shape}, got {tuple(embeds.shape)}')
+    check_device('prepend_embeds', embeds, x.device)
 
 
 def check_key_masks(
@@ -245,12 +245,6 @@ def check_at_least_one(name: str, value: int) -> None:
     """Raise ValueError unless the integer is >= 1, and one that a tensor may have as its size."""
     if not 1 <= value < 2**63:
         raise ValueError(f'{name} must be >= 1{"" if value < 1 else " and less than 2^63"}, got {value}')
-
-
-def check_normalizer_type(normalizer: Any) -> None:
-    """Raise TypeError unless it is None, a number, or a tensor of numbers."""
-    if normalizer is not None:
-        check_number_type('normalizer', normalizer)
 
 
 def check_number_type(name: str, value: Any) -> None:

@@ -6,7 +6,6 @@ Dims: N tokens, d width, v vocabulary.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from xtloss.checks import check_dtype
+from xtloss.checks import check_device, check_dtype, check_integer
 from xtloss.losses import accelerated
 from xtloss.losses.chunked import LossAndGrads, Problem, chunked_loss_and_grads, gradient_dtype
 from xtloss.losses.cross_entropy import CHUNK_BYTES, loss_dtype
@@ -223,8 +222,8 @@ def _check(
     check_dtype('target', target, 'integer')
     if bias is not None:
         check_dtype('bias', bias, 'floating point')
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral)):
-        raise TypeError(f'chunk_size must be int, got {type(chunk_size).__name__}')
+    if chunk_size is not None:
+        check_integer('chunk_size', chunk_size)
 
     if embed.ndim != 2:
         raise ValueError(f'embed must have shape (N, d), got {tuple(embed.shape)}')
@@ -243,7 +242,7 @@ def _check(
             of = 'embed' if like is embed else 'weight'
             raise ValueError(f'{name} must have shape ({like.shape[0]},) like {of}, got {tuple(vector.shape)}')
     for name, other in {'weight': weight, 'target': target, 'token_weight': token_weight, 'bias': bias}.items():
-        if other is not None and other.device != embed.device:
-            raise ValueError(f'{name} must be on {embed.device} like embed, got {other.device}')
+        if other is not None:
+            check_device(name, other, embed.device, like='embed')
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f'chunk_size must be >= 1, got {chunk_size}')
