@@ -1,6 +1,6 @@
 """What each target costs, from what the network returned.
 
-Dims: b batch, n positions, p prepended embeddings, t tokens, d width, v vocabulary.
+Dims: b batch, n positions, d width, v vocabulary; r rows and m positions of what the network returned.
 """
 
 from __future__ import annotations
@@ -30,25 +30,15 @@ def token_losses(
     copy them, and their gradient.
     """
     check_outputs(logits, ids, outputs)
-    shape = logits.shape[:2]
-    targets = outputs.at_outputs(torch.where(counted, ids, 0), shape)
+    shape, flat = logits.shape[:2], logits.flatten(0, 1)  # (r·m, v)
+    targets = outputs.at_outputs(torch.where(counted, ids, 0), shape)  # (r·m,)
     at_counted = outputs.at_outputs(counted, shape)
-    nll = flat_losses(logits.flatten(0, 1), targets, at_counted, is_log_prob=is_log_prob)
+    if is_log_prob:
+        log_prob = flat.gather(1, targets[:, None]).squeeze(1)
+        nll = torch.where(at_counted, -log_prob.to(loss_dtype(logits.dtype)), 0)
+    else:
+        nll = cross_entropy(flat, targets, at_counted)
     return outputs.to_targets(nll.view(shape), ids.shape)
-
-
-def flat_losses(
-    logits: Tensor,  # (t, v)
-    targets: Tensor,  # (t,), in [0, v)
-    counted: Tensor,  # (t,)
-    *,
-    is_log_prob: bool = False,
-) -> Tensor:
-    """Nll of each target in nats, (t,), 0 where it is not counted; float32, or wider where the logits are wider."""
-    if not is_log_prob:
-        return cross_entropy(logits, targets, counted)
-    log_prob = logits.gather(1, targets[:, None]).squeeze(1)
-    return torch.where(counted, -log_prob.to(loss_dtype(logits.dtype)), 0)
 
 
 def loss_from_embeds(
