@@ -40,7 +40,7 @@ def reads(net: nn.Module) -> Reads:
     attentions = [module for module in net.modules() if isinstance(module, Attention)]
     windows = [attention.max_attend_past for attention in attentions if attention.max_attend_past is not None]
     return Reads(
-        always_visible=getattr(net, 'memory_tokens', None) is not None or any(a.num_mem_kv > 0 for a in attentions),
+        always_visible=memory_tokens(net) > 0 or any(a.num_mem_kv > 0 for a in attentions),
         window=min(windows) if windows else None,
         mask=any(isinstance(module, ShiftTokens) for module in net.modules()),
     )
@@ -56,7 +56,7 @@ def mask_arguments(
     keys: Tensor | None,  # (b, k) bool, False where no query may look
     arguments: dict[str, Any],
     *,
-    mask: Tensor | None = None,  # (b, n), as the caller gave it
+    mask: Tensor | None,  # (b, n), as the caller gave it
     queries: int,
 ) -> dict[str, Any]:
     """Return the arguments of the network's forward under which only `keys` are attended to.
@@ -69,10 +69,10 @@ def mask_arguments(
         arguments = arguments if mask is None else {**arguments, 'mask': mask}
         return arguments if keys is mask else {**arguments, 'self_attn_kv_mask': keys}
 
-    facts, tokens = reads(net), getattr(net, 'memory_tokens', None)
+    facts = reads(net)
     interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
     m = memory_length(arguments)
-    k = max(keys.shape[1], m + queries + (0 if interspersed or tokens is None else len(tokens)))
+    k = max(keys.shape[1], m + queries + (0 if interspersed else memory_tokens(net)))
     keys = F.pad(keys, (k - keys.shape[1], 0), value=True)
     extra = dict(arguments)
     of_memory = (extra.pop('mem_masks', None) or [None])[0]  # of all layers alike
@@ -90,6 +90,17 @@ def mask_arguments(
     return {**extra, 'attn_mask': seen}
 
 
+def memory_tokens(net: Any) -> int:
+    """How many of its own tokens the network puts before every row."""
+    tokens = getattr(net, 'memory_tokens', None)
+    return 0 if tokens is None else len(tokens)
+
+
+def prepended_length(arguments: dict[str, Any]) -> int:
+    """How many embeddings the caller puts before every row."""
+    return arguments['prepend_embeds'].shape[1] if 'prepend_embeds' in arguments else 0
+
+
 def memory_length(arguments: dict[str, Any]) -> int:
     """How many positions of a memory, the same in all layers, are attended to before the row."""
     mems = arguments.get('mems') or [None]
@@ -100,9 +111,9 @@ def visible_keys(
     keys: Tensor,  # (b, k) bool
     queries: int,
     *,
-    causal: bool = True,
-    window: int | None = None,
-    attn_mask: Tensor | None = None,  # (i, k), (h, i, k) or (b, h, i, k) bool
+    causal: bool,
+    window: int | None,
+    attn_mask: Tensor | None,  # (i, k), (h, i, k) or (b, h, i, k) bool
 ) -> Tensor:
     """(b, 1 or h, i, k) bool: the keys each query may look at. One that could look at none may look at itself."""
     k = keys.shape[1]

@@ -19,7 +19,7 @@ from xtloss.losses.token_losses import loss_from_embeds, next_embed_loss, token_
 from xtloss.packing.segments import check_segments
 from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
 from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, normalize
-from xtloss.wrappers.attention_masks import precision_of
+from xtloss.wrappers.attention_masks import precision_of, prepended_length
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.returns import ReturnsOutputs
 from xtloss.wrappers.rows import OF_THE_LOSS, Rows, network_rows
@@ -212,9 +212,8 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
         names = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
-        prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
         counting: dict[str, Any] = {name: given.get(name) for name in names}
-        return count_targets(x, ignore_index=self.ignore_index, prepended=prepended, **counting)
+        return count_targets(x, ignore_index=self.ignore_index, prepended=prepended_length(given), **counting)
 
     def _unpads(self, given: dict[str, Any]) -> bool:
         """Whether a call tells of padding that no compute need go into."""
@@ -240,7 +239,8 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
                 return_attn_z_loss=self.add_attn_z_loss,
                 return_next_embed_pred=self.add_continuous_pred_head,
                 looped_pred_all_logits=True,
-                **{**rows.arguments, **({'return_embeddings': True} if fuse else {})},
+                **rows.arguments,
+                **({'return_embeddings': True} if fuse else {}),
             )
         out, next_embed = out if self.add_continuous_pred_head else (out, None)
         return out, cache, next_embed

@@ -22,12 +22,11 @@ from xtloss.checks import (
     keywords,
     widened,
 )
-from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.linear_cross_entropy import refuse_transforms
 from xtloss.losses.linear_head import why_not_arguments, why_not_linear
 from xtloss.weighting.targets import Targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, check_weighting_types, resolve_weighting
-from xtloss.wrappers.attention_masks import is_known, memory_length
+from xtloss.wrappers.attention_masks import is_known, memory_length, memory_tokens, prepended_length
 from xtloss.wrappers.memories import OF_LAYERS, check_memory_shapes, check_memory_types
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
@@ -81,7 +80,7 @@ class LossWrapper(nn.Module):
     def loss_dtype(self) -> torch.dtype:
         """float32, or wider where a parameter is."""
         dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
-        return reduce(torch.promote_types, map(loss_dtype, dtypes), torch.float32)
+        return reduce(torch.promote_types, dtypes, torch.float32)
 
     def loss_normalizer(
         self,
@@ -141,15 +140,14 @@ class LossWrapper(nn.Module):
         check_memory_shapes(given, x)
         if attn_mask is not None:
             check_attn_mask(attn_mask, x)
-        prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
+        prepended = prepended_length(given)
         check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended + memory_length(given)))
         layers = {name: list(given[name]) for name in OF_LAYERS if name in given}  # which the network copies
         return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids}), **layers}
 
     def key_range(self, n: int, before: int) -> tuple[int, int | None]:
         """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""
-        tokens = getattr(self.net, 'memory_tokens', None)
-        return n, n + before + (0 if tokens is None else len(tokens))
+        return n, n + before + memory_tokens(self.net)
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
         """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""

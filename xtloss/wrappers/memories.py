@@ -26,8 +26,6 @@ class Memories(NamedTuple):
 
 def seen_keys(memories: Memories, mask: Tensor | None, h: int) -> Tensor | None:
     """(b, m + h) bool: what is real of the memories and of a segment with this mask, (b, s); None: all of it."""
-    if mask is None and memories.mask is None:
-        return None
     like = mask if mask is not None else memories.mask
     if like is None:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from xtloss.packing.segments import segment_arguments
 from xtloss.packing.verdict import trusted
 from xtloss.weighting.targets import Outputs
-from xtloss.wrappers.attention_masks import is_known, mask_arguments, position_arguments
+from xtloss.wrappers.attention_masks import is_known, mask_arguments, position_arguments, prepended_length
 from xtloss.wrappers.inputs import join_keys, legal_ids, random_key_mask, real_positions
 from xtloss.wrappers.unpad import plan_rows
 
@@ -42,11 +42,11 @@ def network_rows(
     *,
     ignore_index: int,
     pad_value: int,
-    mask_prob: float = 0.0,
-    unpad: bool = False,
+    mask_prob: float,
+    unpad: bool,
 ) -> Rows:
     """Make the rows of a batch from all that a wrapper's forward was given, and has checked."""
-    prepended = given['prepend_embeds'].shape[1] if 'prepend_embeds' in given else 0
+    prepended = prepended_length(given)
     telling = {name: given.get(name) for name in ('lens', 'mask', 'seq_start_pos', 'segment_ids')}
     real = real_positions(x, **telling, prepended=prepended)
     ids = legal_ids(x, ignore_index=ignore_index, pad_value=pad_value, real=real)

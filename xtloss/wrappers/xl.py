@@ -17,7 +17,7 @@ from xtloss.losses.linear_head import linear_head
 from xtloss.losses.token_losses import loss_from_embeds, token_losses
 from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
 from xtloss.weighting.weights import LossBreakdown, batch_weights, breakdown_of
-from xtloss.wrappers.attention_masks import mask_arguments, precision_of
+from xtloss.wrappers.attention_masks import mask_arguments, memory_tokens, precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.inputs import legal_ids, real_positions
 from xtloss.wrappers.memories import Memories, remember, seen_keys
@@ -190,8 +190,7 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         return min(n, 1), None
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        names = ('lens', 'mask', 'loss_mask')
-        counting: dict[str, Any] = {name: given.get(name) for name in names}
+        counting: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
         return count_targets(x, ignore_index=self.ignore_index, **counting)
 
     def _why_not_fused(self, given: dict[str, Any]) -> str | None:
@@ -263,9 +262,8 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         return torch.stack(totals).sum(), torch.cat(losses, dim=1)
 
     def _network_arguments(self, segment: Segment, memories: Memories, cut_off: bool) -> dict[str, Any]:
-        tokens = getattr(self.net, 'memory_tokens', None)
         s = segment.ids.shape[1]
-        keys = seen_keys(memories, segment.mask, s + (0 if tokens is None else len(tokens)))
+        keys = seen_keys(memories, segment.mask, s + memory_tokens(self.net))
         arguments = dict(segment.arguments)
         if memories.mems is not None:
             arguments['mems'] = memories.mems
