@@ -65,11 +65,9 @@ def test_trust() -> None:
     """No verdict where the caller vouches for the network; what never fits is refused all the same."""
     net = build({'shift_tokens': 1})
     assert segment_arguments(net, IDS, {'look_around': 3}, trust=True).keys() == {'look_around', 'attn_mask', 'pos'}
-    for name in ('mems', 'pos', 'flash_pack_seq_kwargs'):
+    for name in ('prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'):
         with pytest.raises(ValueError, match=f'segment_ids: {name} is not known'):
             segment_arguments(net, IDS, {name: torch.ones(1)}, trust=True)
-    with pytest.raises(ValueError, match='segment_ids: prepend_embeds is not known'):
-        segment_arguments(net, IDS, {}, prepend_embeds=torch.ones(2, 1, 16), trust=True)
     assert segment_arguments(nn.Linear(2, 2), IDS, {}, trust=True).keys() == {'attn_mask'}
 
 

@@ -402,9 +402,9 @@ def test_positions_that_see_nothing_see_nothing(options: dict[str, Any], name: s
 
 @pytest.mark.parametrize(
     'name',
-    'prepend_mask mems mem_masks pos cache seq_start_pos rotary_pos_emb polar_pos_emb context_pos attn_bias causal '
-    'self_attn_additional_kv self_attn_kv_residuals transform_token_embeds transform_block_inputs token_emb_kwargs '
-    'to_logits_kwargs flash_pack_seq_kwargs look_around'.split(),
+    'prepend_embeds prepend_mask mems mem_masks pos cache seq_start_pos rotary_pos_emb polar_pos_emb context_pos '
+    'attn_bias causal self_attn_additional_kv self_attn_kv_residuals transform_token_embeds transform_block_inputs '
+    'token_emb_kwargs to_logits_kwargs flash_pack_seq_kwargs look_around'.split(),
 )
 def test_other_arguments_are_refused(name: str) -> None:
     """By name, unless they are None."""
@@ -412,12 +412,6 @@ def test_other_arguments_are_refused(name: str) -> None:
     assert segment_arguments(net, IDS, {name: None})
     with pytest.raises(ValueError, match=f'segment_ids: {name} is not known'):
         segment_arguments(net, IDS, {name: torch.ones(1)})
-
-
-def test_prepended_embeddings_are_refused() -> None:
-    """They are an argument of the wrapper."""
-    with pytest.raises(ValueError, match='segment_ids: prepend_embeds is not known'):
-        segment_arguments(build({}), IDS, {}, prepend_embeds=torch.ones(2, 1, WIDTH))
 
 
 def test_masks_of_numbers_are_refused() -> None:

@@ -97,9 +97,7 @@ APART: tuple[dict[str, Any], ...] = (
 def why_not_together(net: Any, layers: Any) -> str | None:
     """Return which options of a network are apart each, but not together; None if there are none."""
     rotary, rel_pos = bare(layers.rotary_pos_emb), bare(layers.rel_pos)
-    absolute = isinstance(
-        bare(net.pos_emb), AbsolutePositionalEmbedding
-    )  # its positions go to every other encoding too
+    absolute = isinstance(bare(net.pos_emb), AbsolutePositionalEmbedding)  # whose positions go to other encodings too
     attentions = [module for module in net.modules() if isinstance(module, Attention)]
     attends = [attention.attend for attention in attentions]
     across = [attention for attention in attentions if not attention.causal]  # their keys have no place in the row

@@ -1,6 +1,6 @@
 """Experiments that show whether one sequence of a row moves another: on a whole network, or on one module of it.
 
-Dims: b batch, n positions, d features.
+Dims: b batch, n positions, f features.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ def segment_arguments(
     segment_ids: Tensor,  # (b, n) integer
     arguments: dict[str, Any],
     *,
-    prepend_embeds: Tensor | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
     """Return the arguments of the network's forward with which it computes each run of equal ids as if it were alone.
@@ -43,7 +42,7 @@ def segment_arguments(
         ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
 
     """
-    judged = check_segments(net, segment_ids, {**arguments, 'prepend_embeds': prepend_embeds}, trust=trust)
+    judged = check_segments(net, len(segment_ids), arguments, trust=trust)
     run = run_numbers(segment_ids)  # (b, n)
     if judged.absolute:
         arguments = {**arguments, 'pos': positions_in_run(run)}
@@ -58,13 +57,13 @@ def segment_arguments(
     return {**arguments, 'attn_mask': attn_mask}
 
 
-def check_segments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False) -> Verdict:
-    """Raise what `segment_arguments` raises; return what is known of the network."""
+def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trust: bool) -> Verdict:
+    """Raise what `segment_arguments` raises of segment ids of so many rows; return what is known of the network."""
     given = {name: value for name, value in arguments.items() if value is not None}
     if 'attn_mask' in given:
         check_dtype('attn_mask', given['attn_mask'], 'bool')
     judged = trusted(net) if trust else verdict(net)
-    reason = judged.reason or why_not_arguments(list(given), len(segment_ids), judged.varlen, trust)
+    reason = judged.reason or why_not_arguments(list(given), rows, judged.varlen, trust)
     if reason is not None:
         raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
     return judged

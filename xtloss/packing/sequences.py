@@ -1,7 +1,4 @@
-"""Sequences as people have them, tensors, numpy arrays or lists of numbers: checked, and made tensors of one dtype.
-
-Dims: s sequences, t tokens of all of them together, b rows, n positions in a row.
-"""
+"""Sequences as people have them, tensors, numpy arrays or lists of numbers: checked, and made tensors of one dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ CPU = torch.device('cpu')  # where lists and arrays lie, whatever the default de
 MAX_LEN = 2**31 - 1  # what reads packed rows counts positions in int32
 
 # the dtype that lists of a kind become, whatever the numbers of this batch; None: what torch makes of the numbers
-KINDS = {'integer': torch.int64, 'bool': torch.bool, 'floating point': torch.float32}
+DTYPE_OF_LISTS = {'integer': torch.int64, 'bool': torch.bool, 'floating point': torch.float32}
 
 
 def as_tensors(name: str, sequences: Any, kind: str | None = None) -> list[Tensor]:
@@ -65,7 +62,7 @@ def from_numbers(name: str, numbers: Sequence[Any], kind: str | None = None) -> 
         numbers = [plain(number) for number in numbers]
 
     if kind is not None:
-        dtype = KINDS[kind]
+        dtype = DTYPE_OF_LISTS[kind]
     elif examples and all(is_flag(example) for example in examples):
         dtype = torch.bool
     elif all(is_integer(example) or is_flag(example) for example in examples):

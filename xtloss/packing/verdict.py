@@ -1,7 +1,4 @@
-"""Whether a network keeps the sequences of a row apart: what is x-transformers' own is compared, the rest is asked.
-
-Dims: b batch, n positions, d features, h heads.
-"""
+"""Whether a network keeps the sequences of a row apart: what is x-transformers' own is compared, the rest is asked."""
 
 from __future__ import annotations
 
@@ -14,22 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as every_module
 from x_transformers.attend import Attend
-from x_transformers.x_transformers import (
-    AbsolutePositionalEmbedding,
-    AttentionLayers,
-    TransformerWrapper,
-)
+from x_transformers.x_transformers import AbsolutePositionalEmbedding, AttentionLayers, TransformerWrapper
 
 from xtloss.packing.apart import LIBRARIES, is_upstream, option_of, owner_of, strange, uses_varlen, why_not_together
 from xtloss.packing.asking import OUTER, ask
-from xtloss.packing.experiment import (
-    ALONE,
-    SHARDING,
-    bare,
-    neutral,
-    wrapped,
-    written_in,
-)
+from xtloss.packing.experiment import ALONE, SHARDING, bare, neutral, wrapped, written_in
 from xtloss.tracing import constant
 
 AROUND = (*SHARDING, 'torch.nn.utils', 'torch.utils', 'torch.fx')  # whose hooks and subclasses move no token
@@ -44,6 +30,7 @@ class Verdict(NamedTuple):
     absolute: bool  # its embedding takes positions
 
 
+# what every module has, and no verdict depends on
 SAME = vars(nn.Module()).keys() - {'_parameters', '_buffers', '_modules', '_forward_hooks', '_forward_pre_hooks'}
 _verdicts: WeakKeyDictionary[nn.Module, tuple[list[Callable[[], Any]], Verdict]] = WeakKeyDictionary()
 
@@ -64,7 +51,7 @@ def verdict(net: nn.Module) -> Verdict:
         kept, judged = _verdicts.get(net, ([], None))
         if judged is None or len(kept) != len(state) or any(old() is not new for old, new in zip(kept, state)):  # noqa: B905
             judged = judge(net)
-            if all(has_values(part) for part in state if isinstance(part, Tensor)):
+            if all(is_concrete(part) for part in state if isinstance(part, Tensor)):
                 _verdicts[net] = [hold(part) for part in state], judged
         return judged
 
@@ -103,15 +90,15 @@ def spread(value: Any, found: list[Any], depth: int = 4) -> None:
 
 
 def hold(part: Any) -> Callable[[], Any]:
-    """Return a function that returns a part while it lives. What lives as long as the network keeps it from no one."""
+    """Return a function that returns a part while it lives. Only what takes no weak reference, numbers say, is kept."""
     try:
         return ref(part)
-    except TypeError:  # numbers, strings
+    except TypeError:
         return lambda: part
 
 
-def has_values(t: Tensor) -> bool:
-    """Whether a tensor is one: not meta, fake, nor a transform's."""
+def is_concrete(t: Tensor) -> bool:
+    """Whether a tensor is one that a verdict can be kept of: not meta, fake, nor a transform's."""
     wrapper = torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._is_functional_tensor(t)
     return not (t.is_meta or wrapper or isinstance(t, FakeTensor))
 
@@ -135,7 +122,7 @@ def why_not(net: nn.Module, inner: TransformerWrapper) -> str | None:
     answers: dict[Any, Tensor | None] = {}
     leaks: dict[str, Tensor] = {}
     for module, place in asked.items():
-        if all(map(has_values, [*module.parameters(), *module.buffers()])):
+        if all(map(is_concrete, [*module.parameters(), *module.buffers()])):
             name = f'{place.path or "the network"} {type(module).__name__}{place.foreign or ""}'
             key = (place.masked, *map(likeness, parts(module)))
             if key not in answers:
@@ -203,7 +190,7 @@ def what_is_foreign(module: nn.Module) -> str | None:
 
 def is_special(p: Tensor | None) -> bool:
     """Whether a parameter is of a class that may compute otherwise (quantized), and not merely sharded."""
-    return p is not None and has_values(p) and type(p) not in (Tensor, nn.Parameter) and not hasattr(p, 'placements')
+    return p is not None and is_concrete(p) and type(p) not in (Tensor, nn.Parameter) and not hasattr(p, 'placements')
 
 
 def likeness(part: Any) -> Any:

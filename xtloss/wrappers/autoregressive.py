@@ -202,11 +202,11 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         x, given = self._check_batch(x, given)
         if 'segment_ids' in given:
             network = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
-            check_segments(self.net, given['segment_ids'], network, trust=self.trust_segments)
+            check_segments(self.net, len(x), network, trust=self.trust_segments)
         if self._unpads(given):
             refuse_unpad(x, given)
             network = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, 'seq_start_pos')}
-            check_segments(self.net, x.new_zeros(1, 1), network, trust=self.trust_segments)
+            check_segments(self.net, 1, network, trust=self.trust_segments)
         self._may_fuse(given)
         return x, given
 

@@ -1,6 +1,6 @@
 """What the network reads: ids that are legal everywhere, and which keys of its attention are real.
 
-Dims: b batch, n positions, p prepended embeddings, k keys.
+Dims: b batch, n positions, d features, k keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A batch of no rows: one row in which nothing counts stands in for it, so that the loss is 0 and in the graph.
 
 x-transformers cannot run on no rows, and a data-parallel rank that got none must take part in the backward all the
-same. The row moves no buffer and no random stream. Dims: b batch.
+same. The row moves no buffer and no random stream.
 """
 
 from __future__ import annotations

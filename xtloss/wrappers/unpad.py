@@ -1,6 +1,6 @@
 """No compute goes into padding: the real tokens of a batch, in fewer or shorter rows.
 
-Dims: b batch, n positions; r rows, m positions in a row; s sequences that are not empty, t real tokens.
+Dims: b batch, n positions, d width; r rows, m positions in a row.
 """
 
 from __future__ import annotations

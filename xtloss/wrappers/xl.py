@@ -1,6 +1,6 @@
 """XLAutoregressiveWrapper of x-transformers, with every weighting of its loss, over rows, not over their segments.
 
-Dims: b batch, n positions, s positions of a segment, m positions of a memory, v vocabulary.
+Dims: b batch, n positions, s positions of a segment, m positions of a memory, d width.
 """
 
 from __future__ import annotations
