@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import x_transformers
-from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 from x_transformers import Decoder, TransformerWrapper
@@ -109,7 +108,7 @@ def upstream(p: Problem) -> Tensor:
 
 def cross_entropy_bvn(p: Problem) -> Tensor:
     logits = F.linear(p.embed.view(p.rows, -1, p.embed.shape[1]), p.head)  # (b, n, V)
-    return F.cross_entropy(rearrange(logits, 'b n v -> b v n'), p.target.view(p.rows, -1), ignore_index=IGNORED)
+    return F.cross_entropy(logits.transpose(1, 2), p.target.view(p.rows, -1), ignore_index=IGNORED)
 
 
 def cross_entropy_flat(p: Problem) -> Tensor:
