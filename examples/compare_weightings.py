@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import train_enwik8
 import tyro
-from command_line import UsageError, judge, one_line_errors, writable_folder
+from command_line import UsageError, flag, judge, one_line_errors, writable_folder
 from enwik8.comparison import Comparison, draw, report
 from enwik8.config import CHANGEABLE, PRESETS, Weighting, resolve
 from enwik8.config import Config as RunConfig
@@ -101,7 +101,7 @@ def is_finished(run: RunConfig) -> bool:
     for field in fields(RunConfig):
         was, now = getattr(before, field.name), getattr(run, field.name)
         if was != now and (field.name not in CHANGEABLE or field.name == 'steps'):
-            option = f'--{field.name.replace("_", "-")}'
+            option = flag(field.name)
             raise UsageError(f'{folder} was trained with {option} {was}, not {now}: choose another --name')
     try:
         return last_report(folder).step == run.steps

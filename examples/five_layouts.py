@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import tyro
-from command_line import UsageError, judge, one_line_errors, writable_folder
+from command_line import UsageError, flag, judge, one_line_errors, writable_folder
 from matplotlib.figure import Figure
 from palette import LIBRARIES
 from torch import Tensor
@@ -141,7 +141,7 @@ def main(args: Sequence[str] | None = None) -> None:
         judge(config)
         for name, least in (('sequences', 8), ('max_len', 2)):
             if getattr(config, name) < least:
-                raise UsageError(f'--{name.replace("_", "-")} must be at least {least}, got {getattr(config, name)}')
+                raise UsageError(f'{flag(name)} must be at least {least}, got {getattr(config, name)}')
         picture = writable_folder(config.out) / 'five_layouts.png'
         try:
             distances = compare(config)
