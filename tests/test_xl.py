@@ -308,6 +308,14 @@ def test_memories_and_their_masks_can_be_handed_in() -> None:
     torch.testing.assert_close(costs(**unmasked)[:3], told[:3], rtol=1e-5, atol=1e-6)  # the last row has padding after
 
 
+def test_a_condition_of_rows_may_be_as_wide_as_they_are_long() -> None:
+    """It is no condition of their tokens: each segment gets all of it."""
+    net = network(layers_use_adaptive_layernorm=True, layers_dim_condition=N)
+    condition = torch.randn(B, N)
+    want = Upstream(net)(ids(), condition=condition)
+    torch.testing.assert_close(XLAutoregressiveWrapper(net)(ids(), condition=condition), want)
+
+
 def test_log_probabilities_are_taken_as_they_are() -> None:
     net = network()
     net.output_is_log_prob = True

@@ -32,7 +32,8 @@ REFUSED = {
 }
 REFUSED_BESIDE_MASK = {'self_attn_kv_mask': 'mask says which keys are real'}
 OF_SEGMENTS = frozenset('mask mems mem_masks dropout_mems ttt_recurrent_steps'.split())
-PER_TOKEN = ('embed_ids', 'sum_embeds', 'condition')  # of the network's arguments, those that are cut with the segments
+# of the network's arguments those that are cut with the segments, and how many dims they have where they are per token
+PER_TOKEN = {'embed_ids': 2, 'sum_embeds': 3, 'condition': 3}
 
 
 class Segment(NamedTuple):
@@ -203,16 +204,17 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         next_ids = next_tokens(x.masked_fill(~real, self.ignore_index))
         arguments = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, *OF_SEGMENTS)}
 
-        def piece(t: Any, start: int) -> Any:
-            if isinstance(t, dict):
-                return {name: piece(value, start) for name, value in t.items()}
-            is_per_token = isinstance(t, Tensor) and t.ndim > 1 and t.shape[:2] == x.shape
-            return t[:, start : min(start + self.max_seq_len, inputs)] if is_per_token else t
+        inputs = max(1, x.shape[1] - 1)
 
         def cut(t: Tensor, start: int) -> Tensor:
             return t[:, start : start + self.max_seq_len]
 
-        inputs = max(1, x.shape[1] - 1)
+        def piece(t: Any, ndim: int, start: int) -> Any:
+            if isinstance(t, dict):
+                return {name: piece(value, ndim, start) for name, value in t.items()}
+            is_per_token = isinstance(t, Tensor) and t.ndim == ndim and t.shape[:2] == x.shape
+            return cut(t[:, :inputs], start) if is_per_token else t
+
         return [
             Segment(
                 cut(ids[:, :inputs], start),
@@ -220,7 +222,7 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
                 cut(next_ids, start),
                 cut(counted, start),
                 cut(weight, start),
-                {name: piece(value, start) if name in PER_TOKEN else value for name, value in arguments.items()},
+                {name: piece(t, PER_TOKEN[name], start) if name in PER_TOKEN else t for name, t in arguments.items()},
             )
             for start in range(0, inputs, self.max_seq_len)
         ]
