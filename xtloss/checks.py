@@ -92,15 +92,11 @@ def check_batch(
         check_at_least_one(name, value)
 
 
-def widened(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments, tensors of integers as int64, with which torch can compute, and in which nothing wraps."""
-
-    def wide(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: wide(element) for name, element in value.items()}
-        return value.long() if isinstance(value, Tensor) and value.dtype in INTEGERS else value
-
-    return {name: wide(value) for name, value in arguments.items()}
+def widened(value: Any) -> Any:
+    """The same, or all in a dict, tensors of integers as int64, with which torch can compute, and nothing wraps."""
+    if isinstance(value, dict):
+        return {name: widened(element) for name, element in value.items()}
+    return value.long() if isinstance(value, Tensor) and value.dtype in INTEGERS else value
 
 
 def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -182,9 +178,7 @@ def check_prepend_embeds(embeds: Tensor, x: Tensor, width: int | None) -> None:
     check_device('prepend_embeds', embeds, x.device)
 
 
-def check_key_masks(
-    x: Tensor, masks: Mapping[str, Tensor], prepended: int, least: int, most: int | None = None
-) -> None:
+def check_key_masks(x: Tensor, masks: Mapping[str, Tensor], prepended: int, least: int, most: int | None) -> None:
     """Raise ValueError for a mask of the keys, bool, that is not (b, `least` to `most`); `prepend_mask` is (b, p)."""
     b = x.shape[0]
     for name, mask in masks.items():

@@ -131,4 +131,4 @@ class _CrossEntropy(Function):
 
 
 def _chunk_size(t: int, v: int, dtype: torch.dtype) -> int:
-    return max(1, min(CHUNK_BYTES // (v * dtype.itemsize), (t + 3) // 4))
+    return max(1, min(CHUNK_BYTES // (v * dtype.itemsize), (t + 3) // 4))  # a quarter of the logits at most

@@ -85,7 +85,7 @@ def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def plain(t: Tensor) -> Tensor:
     """Return a tensor without its graph, float32 where it is floating point, int64 where it is integer."""
-    return widened({'t': t.detach().float() if t.is_floating_point() else t.detach()})['t']
+    return t.detach().float() if t.is_floating_point() else widened(t.detach())
 
 
 def of_rows(name: str, t: Tensor) -> bool:

@@ -53,7 +53,7 @@ def check_weighting_types(loss_weighting: Any, equal_loss_weight_batch: Any) -> 
         raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
 
 
-def resolve_weighting(loss_weighting: Any = None, equal_loss_weight_batch: Any = False) -> Weighting:
+def resolve_weighting(loss_weighting: Any, equal_loss_weight_batch: Any) -> Weighting:
     """Return the weighting that a name, a power p in [0, 1] (w = L^-p, Z = Σ w), or the flag stands for.
 
     Raises:
