@@ -25,7 +25,15 @@ hypothesis.settings.load_profile('xtloss')
 
 
 # what a fault should be met in first, nearest to where it is
-NEAREST = ['test_checks', 'test_weighting', 'test_gaussian', 'test_sequences', 'test_packing', 'test_fused_numbers']
+NEAREST = [
+    'test_checks',
+    'test_targets',
+    'test_weighting',
+    'test_gaussian',
+    'test_sequences',
+    'test_packing',
+    'test_fused_numbers',
+]
 NEAREST += ['test_fused', 'test_auxiliary', 'test_unpad', 'test_laws', 'test_invariance']
 
 
