@@ -90,6 +90,12 @@ def test_pack_refuses_wrong_values(arguments, message):
             ValueError,
             r'loss_mask\[0\] must have 2 tokens like x\[0\], got 5',
         ),
+        (
+            [{'x': SHORT, 'score': torch.ones(2, 3)}],
+            {},
+            ValueError,
+            r'^score\[0\] must be 1-D, got shape \(2, 3\)',
+        ),
         ({'x': [1]}, {}, TypeError, r'x must be a list of tensors or of lists, got dict'),
         ([], {'pad_value': 0.5}, TypeError, r'pad_value must be an integer for int64 sequences, got 0.5'),
         ([{'x': SHORT, 'lens': SHORT}], {}, ValueError, r"examples\[0\] must not have the key 'lens'"),

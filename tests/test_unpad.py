@@ -214,6 +214,7 @@ REFUSED: dict[str, Any] = {
     'context': torch.zeros(B, 2, WIDTH),
     'context_mask': torch.ones(B, 2).bool(),
     'attn_bias': torch.zeros(2, N, N),
+    'flash_pack_seq_kwargs': {'cu_seqlens': [torch.arange(3)]},
 }
 
 
