@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper, segment_leak
-from xtloss.losses.cross_entropy import cross_entropy
+from xtloss.losses.cross_entropy import composite_cross_entropy, cross_entropy
 from xtloss.packing.experiment import NoPlaceError, bare, leak
 from xtloss.wrappers.stand_in import add_row, drop_row
 
@@ -21,6 +21,13 @@ START = torch.tensor([0, 4, 2])
 def test_errors_of_torch_that_are_not_about_the_target_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError, match='int64'):
         cross_entropy(torch.zeros(2, 3), torch.zeros(2), torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_transforms_compute_in_float32_too(dtype: torch.dtype) -> None:
+    logits, target, counted = torch.randn(5, 7).to(dtype), torch.arange(5), torch.ones(5, dtype=torch.bool)
+    want = cross_entropy(logits.float(), target, counted)
+    torch.testing.assert_close(composite_cross_entropy(logits, target, counted), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('shape', [(3, 8, 11), (2, 9, 11), (3, 9)])
