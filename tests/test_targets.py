@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xtloss.packing.layout import Layout
 from xtloss.weighting.targets import Outputs, count_targets
-from xtloss.wrappers.unpad import pays
+from xtloss.wrappers.unpad import pays, plan_rows
 
 RULES = ('ignore_index', 'lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
 
@@ -84,6 +84,14 @@ def test_rows_are_shared_where_that_saves_more_than_the_mask_costs(
     rows: int, width: int, sequences: int, packs: bool
 ) -> None:
     assert pays(Layout([], [], [], (rows, width)), sequences) == packs
+
+
+def test_one_row_where_the_network_takes_one() -> None:
+    x, lens = torch.arange(12).view(3, 4), torch.tensor([4, 2, 4])
+    plan = plan_rows(x, {'lens': lens}, one_row=True)
+    assert plan is not None
+    assert plan.source.tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, 4, 5]]
+    assert plan_rows(x, {'lens': torch.full((3,), 4)}, one_row=False) is None
 
 
 def test_a_place_for_each_output() -> None:
