@@ -125,9 +125,7 @@ def is_sequence(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """An array of numpy, and none of its numbers."""
-    return hasattr(value, '__array_interface__') and not (
-        is_number(value) or is_flag(value) or isinstance(value, Tensor)
-    )
+    return hasattr(value, '__array_interface__') and not is_number(value) and not is_flag(value)
 
 
 def described(sequence: Any) -> str:

@@ -61,18 +61,13 @@ def check_memory_types(given: Mapping[str, Any]) -> None:
 
 def check_memory_shapes(given: Mapping[str, Any], x: Tensor) -> None:
     """Raise ValueError unless they are (b, m, d) and (b, m), of one m, beside x."""
-    b = x.shape[0]
-    m: Any = 'm'
-    for k, mem in enumerate(given.get('mems', [])):
-        if mem is None:
-            continue
-        if mem.ndim != 3 or mem.shape[0] != b or m not in ('m', mem.shape[1]):
-            raise ValueError(f'mems[{k}] must have shape ({b}, {m}, d), got {tuple(mem.shape)}')
-        check_device(f'mems[{k}]', mem, x.device)
-        m = mem.shape[1]
-    for k, mask in enumerate(given.get('mem_masks', [])):
-        if mask is None:
-            continue
-        if mask.ndim != 2 or mask.shape[0] != b or m not in ('m', mask.shape[1]):
-            raise ValueError(f'mem_masks[{k}] must have shape ({b}, {m}) like mems, got {tuple(mask.shape)}')
-        check_device(f'mem_masks[{k}]', mask, x.device)
+    b, m = x.shape[0], None
+    for name, rest in {'mems': ', d)', 'mem_masks': ') like mems'}.items():
+        for k, layer in enumerate(given.get(name, [])):
+            if layer is None:
+                continue
+            if layer.ndim != (3 if name == 'mems' else 2) or layer.shape[0] != b or m not in (None, layer.shape[1]):
+                shape = f'({b}, {"m" if m is None else m}{rest}'
+                raise ValueError(f'{name}[{k}] must have shape {shape}, got {tuple(layer.shape)}')
+            check_device(f'{name}[{k}]', layer, x.device)
+            m = layer.shape[1]
