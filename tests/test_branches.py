@@ -91,12 +91,14 @@ def test_per_token_arguments_of_another_length_are_refused_by_unpad(name: str) -
 @pytest.mark.parametrize('relative', ['polar_pos_emb', 'rel_pos_bias', 'rotary_pos_emb'])
 def test_starts_beside_absolute_and_relative_positions(relative: str) -> None:
     """Rows that start late have the loss of the rows alone, and what lies before moves nothing."""
-    net = decoder(**{f'layers_{relative}': True}, layers_attn_flash=False, dtype=torch.float32)
+    net = decoder(use_abs_pos_emb=True, **{f'layers_{relative}': True})
     wrapper = AutoregressiveWrapper(net)
     loss = wrapper(X, seq_start_pos=START)
     before = torch.arange(9) < START[:, None]
     torch.testing.assert_close(wrapper(torch.where(before, 10 - X, X), seq_start_pos=START), loss)
     assert len(gradients(loss, wrapper)) > 5
+    alone = [wrapper(row[None, start:], normalizer=1.0) for row, start in zip(X, START.tolist(), strict=True)]
+    torch.testing.assert_close(loss * (8 + 4 + 6), sum(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_leaks_beside_other_arguments() -> None:
