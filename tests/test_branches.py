@@ -91,7 +91,7 @@ def test_per_token_arguments_of_another_length_are_refused_by_unpad(name: str) -
 @pytest.mark.parametrize('relative', ['polar_pos_emb', 'rel_pos_bias', 'rotary_pos_emb'])
 def test_starts_beside_absolute_and_relative_positions(relative: str) -> None:
     """Rows that start late have the loss of the rows alone, and what lies before moves nothing."""
-    net = decoder(use_abs_pos_emb=True, **{f'layers_{relative}': True})
+    net = decoder(layers_disable_abs_pos_emb=False, **{f'layers_{relative}': True})
     wrapper = AutoregressiveWrapper(net)
     loss = wrapper(X, seq_start_pos=START)
     before = torch.arange(9) < START[:, None]
