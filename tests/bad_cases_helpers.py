@@ -56,7 +56,7 @@ def helper_cases() -> dict[str, Case]:
                 *of_type('a list of tensors or of lists', *no_list, 3, 1.5, None, IDS),
                 Wrong([torch.ones(2, 2)], ValueError, '{}[0] must be 1-D, got shape (2, 2)'),
             ],
-            'max_len': [*wrong.MAX_LEN, *of_type('an int', None)],
+            'max_len': [*wrong.MAX_LEN, *of_type('int', None)],
             'pad_value': wrong.PAD_VALUE,
         },
         pack,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from x_transformers import Decoder, TransformerWrapper
 
+from xtloss.packing.segments import check_segments, segment_arguments
+
 
 def decoder(
     *, num_tokens: int = 11, dim: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
@@ -26,6 +28,14 @@ def decoder(
         for p in net.parameters():  # x-transformers starts some parameters at zero, where a gradient could hide
             nn.init.normal_(p, std=0.1) if not p.any() else None
     return net.to(dtype)
+
+
+def judged_arguments(
+    net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False
+) -> dict[str, Any]:
+    """What the wrapper makes of segment ids: the network is judged, then told how to keep them apart."""
+    check_segments(net, len(segment_ids), arguments, trust=trust)
+    return segment_arguments(net, segment_ids, arguments)
 
 
 class ScaledLinear(nn.Linear):

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import judged_arguments
 from test_around import ACCEPTED, REFUSED, network
 from test_segments import BREAKS, IDS, MOVES, UNPROVEN, build, label, needed
 from torch import nn
 
 from xtloss import segment_leak
-from xtloss.packing.apart import APART
-from xtloss.packing.segments import segment_arguments
+from xtloss.packing.known_networks import APART
 
 
 @pytest.mark.parametrize('options', [o for o in APART if 'attn_flash_pack_seq' not in o], ids=label)
@@ -64,11 +64,11 @@ def test_the_network_stays_as_it_is() -> None:
 def test_trust() -> None:
     """No verdict where the caller vouches for the network; what never fits is refused all the same."""
     net = build({'shift_tokens': 1})
-    assert segment_arguments(net, IDS, {'look_around': 3}, trust=True).keys() == {'look_around', 'attn_mask', 'pos'}
+    assert judged_arguments(net, IDS, {'look_around': 3}, trust=True).keys() == {'look_around', 'attn_mask', 'pos'}
     for name in ('prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'):
         with pytest.raises(ValueError, match=f'segment_ids: {name} is not known'):
-            segment_arguments(net, IDS, {name: torch.ones(1)}, trust=True)
-    assert segment_arguments(nn.Linear(2, 2), IDS, {}, trust=True).keys() == {'attn_mask'}
+            judged_arguments(net, IDS, {name: torch.ones(1)}, trust=True)
+    assert judged_arguments(nn.Linear(2, 2), IDS, {}, trust=True).keys() == {'attn_mask'}
 
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import x_transformers.attend
+from networks import judged_arguments
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.x_transformers import AbsolutePositionalEmbedding, Attention, AttentionLayers, FeedForward
 
-from xtloss.packing.apart import APART, traits_of_example
-from xtloss.packing.segments import APART_ARGUMENTS, segment_arguments
+from xtloss.packing.known_networks import APART, traits_of_example
+from xtloss.packing.segments import APART_ARGUMENTS
 
 # an id that returns is another sequence; padding before, behind, none
 IDS = torch.tensor([[0, 0, 7, 7, 7, 7, 3, 3, 7, 7, 2, 2], [4, 4, 4, 4, 4, 4, 4, 9, 9, 0, 0, 0]])
@@ -198,7 +199,7 @@ def off(net: TransformerWrapper, x: Tensor, arguments: dict[str, Any], packed: T
 def assert_apart(net: TransformerWrapper, arguments: dict[str, Any], *, same_alone: bool = True) -> None:
     """No run moves another, in training nor in evaluation; each is what it is alone; gradients are finite."""
     x = torch.randint(0, VOCABULARY, IDS.shape)
-    given = segment_arguments(net, IDS, arguments)
+    given = judged_arguments(net, IDS, arguments)
     assert moved(net.train(), x, given) <= 1e-6
     assert moved(net.eval(), x, given) <= 1e-6
 
@@ -241,7 +242,7 @@ def test_allowed_options_keep_sequences_apart_together() -> None:
         ):  # x-transformers cannot do these together
             continue
         try:
-            segment_arguments(net, IDS, arguments)
+            judged_arguments(net, IDS, arguments)
         except ValueError:
             continue
         assert_apart(net, arguments, same_alone=not any('gumbel' in name for name in options))
@@ -255,7 +256,7 @@ def test_leaks_are_refused(name: str, options: dict[str, Any]) -> None:
     net = build(options).eval()
     arguments = needed(net)
     with pytest.raises(ValueError, match=f'segment_ids: {name}.* is not known to keep the sequences of a row apart'):
-        segment_arguments(net, IDS, arguments)
+        judged_arguments(net, IDS, arguments)
 
     x = torch.randint(0, VOCABULARY, IDS.shape)
     given = arguments | by_hand(net, IDS)
@@ -269,7 +270,7 @@ def test_misfits_are_refused(name: str, options: dict[str, Any]) -> None:
     net = build(options)
     arguments = needed(net)
     with pytest.raises(ValueError, match=f'segment_ids: {name}'):
-        segment_arguments(net, IDS, arguments)
+        judged_arguments(net, IDS, arguments)
     with pytest.raises((RuntimeError, AssertionError)):
         outputs(net, torch.randint(0, VOCABULARY, IDS.shape), arguments | by_hand(net, IDS))
 
@@ -279,7 +280,7 @@ def test_unproven_options_are_refused(name: str, options: dict[str, Any]) -> Non
     """What nobody has proven is refused, a module of the user's own too."""
     net = build(options)
     with pytest.raises(ValueError, match=f'segment_ids: .*{name}'):
-        segment_arguments(net, IDS, {})
+        judged_arguments(net, IDS, {})
 
 
 def test_later_options_are_refused(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
@@ -293,9 +294,9 @@ def test_later_options_are_refused(monkeypatch: pytest.MonkeyPatch, request: pyt
     monkeypatch.setattr(Attention, '__init__', later)
     request.addfinalizer(traits_of_example.cache_clear)
     traits_of_example.cache_clear()
-    assert segment_arguments(build({}), IDS, {})
+    assert judged_arguments(build({}), IDS, {})
     with pytest.raises(ValueError, match='segment_ids: attn_look_around'):
-        segment_arguments(build({'attn_look_around': True}), IDS, {})
+        judged_arguments(build({'attn_look_around': True}), IDS, {})
 
 
 def test_other_networks_are_refused() -> None:
@@ -314,7 +315,7 @@ def test_other_networks_are_refused() -> None:
     replaced.attn_layers.forward = lambda x, attn_mask, **kwargs: forward(x, **kwargs)
     for net, name in {encoder: 'causal', subclassed: 'Mine', replaced: 'forward', nn.Linear(2, 2): 'Linear'}.items():
         with pytest.raises(ValueError, match=f'segment_ids: .*{name}'):
-            segment_arguments(net, IDS, {})
+            judged_arguments(net, IDS, {})
 
 
 def test_subclasses_that_keep_the_forward_are_allowed() -> None:
@@ -323,23 +324,23 @@ def test_subclasses_that_keep_the_forward_are_allowed() -> None:
     for module in list(net.modules()):
         module.__class__ = type(f'Sharded{type(module).__name__}', (type(module),), {})
     assert isinstance(net.pos_emb, AbsolutePositionalEmbedding)
-    assert segment_arguments(net, IDS, {}).keys() == {'attn_mask', 'pos'}
-    assert segment_arguments(torch.compile(net, backend='eager'), IDS, {}).keys() == {'attn_mask', 'pos'}
+    assert judged_arguments(net, IDS, {}).keys() == {'attn_mask', 'pos'}
+    assert judged_arguments(torch.compile(net, backend='eager'), IDS, {}).keys() == {'attn_mask', 'pos'}
 
 
 def test_a_changed_network_is_judged_anew() -> None:
     """Options set, and modules exchanged, after a first forward."""
     net = build({'rotary_pos_emb': True})
-    assert segment_arguments(net, IDS, {})
+    assert judged_arguments(net, IDS, {})
     attend = net.attn_layers.layers[0][1].attend
     attend.selective = True
     with pytest.raises(ValueError, match='attn_selective'):
-        segment_arguments(net, IDS, {})
+        judged_arguments(net, IDS, {})
     attend.selective = False
-    assert segment_arguments(net.eval(), IDS, {})
+    assert judged_arguments(net.eval(), IDS, {})
     net.to_logits = nn.Sequential(nn.Linear(WIDTH, VOCABULARY), nn.Flatten())
     with pytest.raises(ValueError, match=r'to_logits\.1 Flatten'):
-        segment_arguments(net, IDS, {})
+        judged_arguments(net, IDS, {})
 
 
 # arguments of the network's forward
@@ -409,15 +410,15 @@ def test_positions_that_see_nothing_see_nothing(options: dict[str, Any], name: s
 def test_other_arguments_are_refused(name: str) -> None:
     """By name, unless they are None."""
     net = build({})
-    assert segment_arguments(net, IDS, {name: None})
+    assert judged_arguments(net, IDS, {name: None})
     with pytest.raises(ValueError, match=f'segment_ids: {name} is not known'):
-        segment_arguments(net, IDS, {name: torch.ones(1)})
+        judged_arguments(net, IDS, {name: torch.ones(1)})
 
 
 def test_masks_of_numbers_are_refused() -> None:
     """Before anything else."""
     with pytest.raises(TypeError, match='attn_mask must be bool, got float32'):
-        segment_arguments(build({'shift_tokens': 1}), IDS, {'attn_mask': torch.ones(N, N)})
+        judged_arguments(build({'shift_tokens': 1}), IDS, {'attn_mask': torch.ones(N, N)})
 
 
 # what the network is handed
@@ -430,7 +431,7 @@ def test_masks_of_numbers_are_refused() -> None:
 def test_mask_and_positions(ids: Tensor, dtype: torch.dtype) -> None:
     """Entry by entry, for one position, nothing but padding, no row; nothing of the caller's is changed."""
     net, arguments = build({}), {'mask': None, 'return_attn': True}
-    given = segment_arguments(net, ids.to(dtype), arguments)
+    given = judged_arguments(net, ids.to(dtype), arguments)
     want = by_hand(net, ids)
     assert given.keys() == {'mask', 'return_attn', 'attn_mask', 'pos'}
     assert torch.equal(given['attn_mask'], want['attn_mask'])
@@ -446,13 +447,13 @@ def test_mask_and_positions(ids: Tensor, dtype: torch.dtype) -> None:
 def test_positions_only_where_the_embedding_is_absolute(options: dict[str, Any]) -> None:
     """Relative encodings are the same anywhere in a row."""
     arguments: dict[str, Any] = {}
-    assert segment_arguments(build(options), IDS, arguments).keys() == {'attn_mask'}
+    assert judged_arguments(build(options), IDS, arguments).keys() == {'attn_mask'}
     assert arguments == {}
 
 
 def test_a_four_token_row() -> None:
     """Worked by hand: two sequences of two."""
-    given = segment_arguments(build({}), torch.tensor([[5, 5, 6, 6]]), {'attn_mask': torch.ones(4, 4).tril().bool()})
+    given = judged_arguments(build({}), torch.tensor([[5, 5, 6, 6]]), {'attn_mask': torch.ones(4, 4).tril().bool()})
     assert given['pos'].tolist() == [[0, 1, 0, 1]]
     assert given['attn_mask'].int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
 
@@ -477,7 +478,7 @@ def test_no_host_sync_and_no_random_numbers() -> None:
     traits_of_example.cache_clear()
     state = torch.get_rng_state()
     with Recorder() as recorder:
-        segment_arguments(net, IDS, arguments)
+        judged_arguments(net, IDS, arguments)
     assert recorder.syncs == 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -489,7 +490,7 @@ def test_compiles_whole(options: dict[str, Any], whole_graphs: None) -> None:
     x, mask = torch.randint(0, VOCABULARY, IDS.shape), torch.ones(N, N).tril().bool()
 
     def handed(ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        return segment_arguments(net, ids, {'attn_mask': mask})
+        return judged_arguments(net, ids, {'attn_mask': mask})
 
     compiled = torch.compile(handed, fullgraph=True, backend='eager')(IDS, mask)
     for name, value in handed(IDS, mask).items():
@@ -497,8 +498,8 @@ def test_compiles_whole(options: dict[str, Any], whole_graphs: None) -> None:
 
     if 'entirely_masked.any()' in inspect.getsource(x_transformers.attend):
         pytest.skip(f'x-transformers {version("x-transformers")} reads its mask')
-    whole = torch.compile(lambda x, ids: net(x, **segment_arguments(net, ids, {})), fullgraph=True, backend='eager')
-    torch.testing.assert_close(whole(x, IDS), net(x, **segment_arguments(net, IDS, {})))
+    whole = torch.compile(lambda x, ids: net(x, **judged_arguments(net, ids, {})), fullgraph=True, backend='eager')
+    torch.testing.assert_close(whole(x, IDS), net(x, **judged_arguments(net, IDS, {})))
 
 
 # flash-attn's variable-length attention, by a stand-in of its function and without x-transformers' look at the device
@@ -553,9 +554,9 @@ def test_varlen_attention_is_masked_attention(options: dict[str, Any], row: int)
     net, masked = build(VARLEN | options), build({'rotary_pos_emb': True} | options)
     masked.load_state_dict(net.state_dict())
     x, ids = torch.randint(0, VOCABULARY, (1, N)), IDS[row : row + 1]
-    given = segment_arguments(net, ids, {})
+    given = judged_arguments(net, ids, {})
     assert 'attn_mask' not in given
-    torch.testing.assert_close(outputs(net, x, given), outputs(masked, x, segment_arguments(masked, ids, {})))
+    torch.testing.assert_close(outputs(net, x, given), outputs(masked, x, judged_arguments(masked, ids, {})))
 
 
 @pytest.mark.usefixtures('flash_attn')
@@ -563,13 +564,13 @@ def test_varlen_arguments() -> None:
     """By hand: one host sync in eager mode; compiled none, but empty sequences at the end."""
     net = build(VARLEN)
     with Recorder() as recorder:
-        given = segment_arguments(net, IDS[:1], {})['flash_pack_seq_kwargs']
+        given = judged_arguments(net, IDS[:1], {})['flash_pack_seq_kwargs']
     assert recorder.syncs == 1
     assert given.keys() == {'cu_seqlens_q', 'cu_seqlens_k', 'max_seqlen_q', 'max_seqlen_k'}
     assert given['cu_seqlens_q'].tolist() == given['cu_seqlens_k'].tolist() == [0, 2, 6, 8, 10, 12]
     assert given['max_seqlen_q'] == given['max_seqlen_k'] == N
 
-    compiled = torch.compile(lambda ids: segment_arguments(net, ids, {}), fullgraph=True, backend='eager')
+    compiled = torch.compile(lambda ids: judged_arguments(net, ids, {}), fullgraph=True, backend='eager')
     assert compiled(IDS[:1])['flash_pack_seq_kwargs']['cu_seqlens_q'].tolist() == [0, 2, 6, 8, 10] + [12] * 8
 
 
@@ -578,13 +579,13 @@ def test_varlen_attention_takes_one_row_and_no_masks() -> None:
     """As x-transformers, whose own checks are asserts; and what it would compute wrongly."""
     net, mask = build(VARLEN), torch.ones(1, N, dtype=torch.bool)
     with pytest.raises(ValueError, match='segment_ids: attn_flash_pack_seq on 2 rows instead of one'):
-        segment_arguments(net, IDS, {})
+        judged_arguments(net, IDS, {})
     for name in ('mask', 'self_attn_kv_mask', 'attn_mask', 'context'):
         with pytest.raises(ValueError, match=f'segment_ids: {name} beside attn_flash_pack_seq'):
-            segment_arguments(net, IDS[:1], {name: mask})
+            judged_arguments(net, IDS[:1], {name: mask})
     with pytest.raises(ValueError, match='segment_ids: attn_add_zero_kv beside attn_flash_pack_seq'):
-        segment_arguments(build(VARLEN | {'attn_add_zero_kv': True}), IDS[:1], {})
+        judged_arguments(build(VARLEN | {'attn_add_zero_kv': True}), IDS[:1], {})
     net.attn_layers.layers[0][1].attend.flash_pack_seq = False
     with pytest.raises(ValueError, match='segment_ids: attn_flash_pack_seq in some layers only'):
-        segment_arguments(net, IDS[:1], {})
-    assert segment_arguments(build(VARLEN | {'attn_flash': False}), IDS, {}).keys() == {'attn_mask'}
+        judged_arguments(net, IDS[:1], {})
+    assert judged_arguments(build(VARLEN | {'attn_flash': False}), IDS, {}).keys() == {'attn_mask'}

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import judged_arguments
 from test_around import IDS, Conv, Gated, LoRA, X, attention, head, linears, loss, network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from xtloss.packing.apart import traits_of_example
-from xtloss.packing.segments import segment_arguments
+from xtloss.packing.known_networks import traits_of_example
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +55,9 @@ def test_no_mode_decides(mode: Callable[[], Any]) -> None:
     ids = IDS.clone()
     dtype, generator = torch.get_default_dtype(), torch.get_rng_state()
     with mode():
-        segment_arguments(good, ids, {})
+        judged_arguments(good, ids, {})
         with pytest.raises(ValueError, match='to_logits Gated'):
-            segment_arguments(bad, ids, {})
+            judged_arguments(bad, ids, {})
     assert torch.get_default_dtype() == dtype
     assert torch.equal(torch.get_rng_state(), generator)
     assert loss(good).isfinite()
@@ -71,7 +71,7 @@ def vmapped(net: nn.Module) -> None:
 
 def with_grad(net: nn.Module) -> None:
     parameters = dict(net.named_parameters())
-    torch.func.grad(lambda p: torch.func.functional_call(net, p, (X,), segment_arguments(net, IDS, {})).sum())(
+    torch.func.grad(lambda p: torch.func.functional_call(net, p, (X,), judged_arguments(net, IDS, {})).sum())(
         parameters
     )
 
@@ -82,7 +82,7 @@ class Whole(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        return self.net(x, **segment_arguments(self.net, ids, {}))
+        return self.net(x, **judged_arguments(self.net, ids, {}))
 
 
 def exported(net: nn.Module) -> None:
@@ -120,7 +120,7 @@ def test_without_values_nothing_is_refused_and_nothing_kept(device: str) -> None
         values = net.state_dict()
         if device == 'meta':
             net.to('meta')
-            segment_arguments(net, IDS, {})
+            judged_arguments(net, IDS, {})
             net.load_state_dict(values, assign=True)
         else:
             real = dict(net.named_parameters())
@@ -134,7 +134,7 @@ def test_without_values_nothing_is_refused_and_nothing_kept(device: str) -> None
         else:
             assert loss(net).isfinite()
     with torch.device('meta'), pytest.raises(ValueError, match='shift_tokens'):
-        segment_arguments(network(shift_tokens=1), IDS, {})
+        judged_arguments(network(shift_tokens=1), IDS, {})
 
 
 def leaky(sim: Tensor, dim: int = -1) -> Tensor:
@@ -148,10 +148,10 @@ def test_ids_of_freed_objects_decide_nothing() -> None:
     for _ in range(50):
         attend.attn_fn = None
         with contextlib.suppress(ValueError):
-            segment_arguments(net, IDS, {})
+            judged_arguments(net, IDS, {})
         attend.attn_fn = partial(leaky)
         with pytest.raises(ValueError, match='attn_custom_attn_fn'):
-            segment_arguments(net, IDS, {})
+            judged_arguments(net, IDS, {})
 
 
 def test_what_is_freed_is_not_what_is_none() -> None:

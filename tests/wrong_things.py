@@ -82,7 +82,7 @@ COUNT = [
 ]
 CHUNK_SIZE = [*of_type('int', *NO_INTEGERS), *of_value('>= 1', 0, -1, -(10**30))]
 MAX_LEN = [
-    *of_type('an int', *NO_INTEGERS),
+    *of_type('int', *NO_INTEGERS),
     *of_value('>= 1', 0, -1, -(10**30), np.int8(-1)),
     *of_value('at most 2147483647', 2**31, 10**30, np.int64(2**40)),
 ]

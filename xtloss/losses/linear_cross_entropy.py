@@ -98,8 +98,7 @@ def linear_cross_entropy(
     if torch.compiler.is_compiling():
         loss, token_loss, *_ = compiled_loss_and_grads(*tensors, *options)
         return loss, token_loss.detach()
-    loss, token_loss = _LinearCrossEntropy.apply(*tensors, *options)
-    return loss, token_loss
+    return _LinearCrossEntropy.apply(*tensors, *options)
 
 
 def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:

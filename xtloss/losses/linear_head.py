@@ -51,14 +51,6 @@ def linear_head(net: Any) -> LinearHead:
     return LinearHead(net.token_emb.emb.weight, None, getattr(net, 'tie_embedding_scale', 1.0))
 
 
-def why_not_arguments(arguments: list[str]) -> str | None:
-    """Return which argument of the network's forward may stand between embeddings and loss; None if none does."""
-    for name in arguments:
-        if name not in PLAIN_ARGUMENTS:
-            return f'{name} is given to the network'
-    return None
-
-
 def why_not_linear(net: Any, arguments: list[str]) -> str | None:
     """Return why head and loss cannot be one, given the names of what goes to the network's forward; None if they can.
 
@@ -67,7 +59,10 @@ def why_not_linear(net: Any, arguments: list[str]) -> str | None:
     replaced forwards, of the module or of its class), and no option that does something between the embeddings and the
     logits, or to the logits.
     """
-    return why_not_arguments(arguments) or _why_not_plain_network(net)
+    for name in arguments:
+        if name not in PLAIN_ARGUMENTS:
+            return f'{name} is given to the network'
+    return _why_not_plain_network(net)
 
 
 @constant
@@ -96,16 +91,14 @@ def _why_not_plain_network(net: Any) -> str | None:
     if type(head) is nn.Linear:
         if is_touched(head):
             return 'the head has hooks or another forward'
-        weights = [head.weight] if head.bias is None else [head.weight, head.bias]
-    elif _is_tied(head, net):
+    elif tied_network(net) is net:
         if type(net.token_emb) is not TokenEmbedding or type(net.token_emb.emb) is not nn.Embedding:
             return 'the tied embedding is not a plain nn.Embedding'
-        weights = [net.token_emb.emb.weight]
     else:
         return f'the head is a {type(head).__name__}, neither nn.Linear nor the embedding tied to this very network'
 
-    for weight in weights:
-        if type(weight) not in (nn.Parameter, Tensor, FakeTensor):
+    for weight in linear_head(net)[:2]:
+        if weight is not None and type(weight) not in (nn.Parameter, Tensor, FakeTensor):
             return f"the head's weight is a {type(weight).__name__}"
     return None
 
@@ -143,13 +136,14 @@ def _is_as_written(cls: type) -> bool:
     return written and all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLS[1:])
 
 
-def _is_tied(head: Any, net: nn.Module) -> bool:
-    """Whether the head is the lambda of TransformerWrapper.__init__ that reads this network's embedding.
+def tied_network(net: Any) -> Any:
+    """Return the network whose embedding the head of `net` reads; None where the head is tied to none.
 
-    After copy.deepcopy of the network alone it still reads the original's.
+    `tie_embedding` makes the head a lambda of TransformerWrapper.__init__. After copy.deepcopy of the network alone it
+    still reads the original's embedding.
     """
-    return (
-        type(head) is FunctionType
-        and head.__code__ in inspect.unwrap(TransformerWrapper.__init__).__code__.co_consts
-        and all(cell.cell_contents is net for cell in head.__closure__ or ())
-    )
+    head = vars(net).get('to_logits')
+    if type(head) is not FunctionType or head.__closure__ is None:
+        return None
+    is_tied = head.__code__ in inspect.unwrap(TransformerWrapper.__init__).__code__.co_consts
+    return head.__closure__[0].cell_contents if is_tied else None

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is being applied."""
-    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:

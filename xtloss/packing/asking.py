@@ -20,7 +20,7 @@ OUTER = (TransformerWrapper, AttentionLayers)
 
 
 def ask(module: nn.Module, net: nn.Module, *, masked: bool, hooked: bool) -> Tensor | None:
-    """Return how far tokens move each other in a module, as a `Leak` of shape (2,), float32; None if it takes none.
+    """Return how far tokens move each other in a module, as `leak` does, (2,) float32; None if it takes none.
 
     It is tried on features of each width that it may take, then on ids, in evaluation and in training. Inside of it
     whole networks and stacks of layers are stood in for, and so is a module that is known, but for its hooks, where it
@@ -87,7 +87,7 @@ def answer(module: nn.Module, x: Tensor, other: Tensor, given: tuple[str, ...], 
     for training in (False, True):
         for m in module.modules():
             m.training = training
-        worst.append(torch.stack(leak(run, x, other)))
+        worst.append(leak(run, x, other))
     return torch.stack(worst).amax(dim=0)
 
 

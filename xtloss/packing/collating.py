@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtloss.checks import ARGUMENTS
-from xtloss.packing.layout import Layout, best_fit_decreasing, lay_out, sequence_numbers, token_index
+from xtloss.checks import ARGUMENTS, check_integer
+from xtloss.packing.layout import best_fit_decreasing, lay_out, one_to_a_row, sequence_numbers, token_index
 from xtloss.packing.sequences import (
     CPU,
     as_tensors,
     check_max_len,
-    check_max_len_type,
     check_pad_type,
     is_sequence,
     token_counts,
@@ -65,7 +64,7 @@ def collate(
         raise TypeError(f'layout must be a string, got {type(layout).__name__}')
     check_pad_type(pad_value)
     if max_len is not None:
-        check_max_len_type(max_len)
+        check_integer('max_len', max_len)
     columns = {name: as_column(name, sequences) for name, sequences in by_key(examples).items()}
     check_pad_type(pad_value, columns['x'][0].dtype if columns['x'] else torch.int64)
     if max_len is not None:
@@ -97,12 +96,6 @@ def as_column(name: str, sequences: Any) -> list[Tensor]:
     if name not in KINDS and tensors and tensors[0].is_floating_point() and is_sequence(sequences[0]):
         raise TypeError(f'{name} must be tensors or arrays where it holds floats, got lists, in which 1 is an integer')
     return tensors
-
-
-def one_to_a_row(lengths: Sequence[int], max_len: int) -> Layout:
-    """Plan the rows of the padded layout."""
-    s = len(lengths)
-    return Layout(list(lengths), list(range(s)), [0] * s, (s, max_len))
 
 
 def by_key(examples: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ def stand_ins(module: nn.Module, net: nn.Module, dtype: torch.dtype = torch.floa
             vars(m).update(saved)
 
 
-def runs(b: int, n: int) -> list[list[slice]]:
+def run_slices(b: int, n: int) -> list[list[slice]]:
     """Cut each of b rows of n positions into runs of 3, 1, 2, 5, 10, 20 ..., backwards in every other row."""
     lengths = [3, 1, 2]
     while sum(lengths) < n:
@@ -159,21 +159,17 @@ def runs(b: int, n: int) -> list[list[slice]]:
     return [[slice(*span) for span in (back if row % 2 else spans)] for row in range(b)]
 
 
-class Leak(NamedTuple):
-    """How far outputs move, over their standard deviation: 0-dim tensors."""
-
-    seen: Tensor  # where another sequence, or a later token of the same, becomes another
-    moved: Tensor  # where the sequence is alone in a row of its own length
-
-
-def leak(compute: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor) -> Leak:
+def leak(compute: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Tensor) -> Tensor:
     """Measure how far sequences that share rows move each other. No host sync.
+
+    Returns (2,), over the standard deviation of the outputs: how far these move where another sequence, or a later
+    token of the same, becomes another, and where the sequence is alone in a row of its own length.
 
     `compute` maps tokens (b, n, …), run numbers (b, n), and where in x they come from (rows, columns), to outputs
     (b, n, …).
     """
     b, n = x.shape[:2]
-    spans = runs(b, n)
+    spans = run_slices(b, n)
     ids, last = torch.zeros(b, n, dtype=torch.long), torch.zeros(b, n, dtype=torch.bool)
     for row, here in enumerate(spans):
         for k, span in enumerate(here):
@@ -201,7 +197,8 @@ def leak(compute: Callable[[Tensor, Tensor, Any], Tensor], x: Tensor, other: Ten
     if not moved:
         raise NoPlaceError('no sequence can be alone in a row')
     scale = packed.std().clamp(min=1e-30)
-    return Leak(*(torch.nan_to_num(torch.stack(worst).max() / scale, nan=float('inf')) for worst in (seen, moved)))
+    worst = torch.stack([torch.stack(seen).max(), torch.stack(moved).max()])
+    return torch.nan_to_num(worst / scale, nan=float('inf'))
 
 
 def like(mask: Tensor, x: Tensor) -> Tensor:

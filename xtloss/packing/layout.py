@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtloss.checks import check_dense, check_dtype, plain
+from xtloss.checks import check_dense, check_dtype, check_integer, plain
 from xtloss.packing.sequences import (
     CPU,
     as_tensors,
     bits,
     check_max_len,
-    check_max_len_type,
     check_pad_range,
     check_pad_type,
     from_numbers,
@@ -68,7 +67,7 @@ def pack(
     al., "Fewer truncations improve language modeling", 2024, https://arxiv.org/abs/2404.10830.
 
     """
-    check_max_len_type(max_len)
+    check_integer('max_len', max_len)
     check_pad_type(pad_value)
     tensors = as_tensors('sequences', sequences)
     check_pad_type(pad_value, tensors[0].dtype if tensors else None)
@@ -147,6 +146,12 @@ def best_fit_decreasing(lengths: Sequence[int], max_len: int) -> Layout:
     return Layout(list(lengths), row, start, (rows, max_len))
 
 
+def one_to_a_row(lengths: Sequence[int], max_len: int) -> Layout:
+    """Plan the rows of the padded layout: each sequence on the left of its own."""
+    s = len(lengths)
+    return Layout(list(lengths), list(range(s)), [0] * s, (s, max_len))
+
+
 def token_index(layout: Layout) -> Tensor:
     """(b, n) int64: which token of the sequences, end to end, lies where, from 1 on; 0 = padding."""
     length, row, start = (torch.tensor(column, dtype=torch.int64, device=CPU) for column in layout[:3])  # (s,)
@@ -171,4 +176,4 @@ def lay_out(sequences: Sequence[Tensor], index: Tensor, pad_value: float) -> Ten
     padding = sequences[0].new_full((1,), plain(pad_value))
     tokens = torch.cat([bits(t) for t in (padding, *sequences)])  # (1 + t,)
     x = tokens[index.to(tokens.device)]
-    return x if x.dtype == dtype else x.view(dtype)
+    return x if x.dtype == dtype else x.view(dtype)  # which cuts off the graph

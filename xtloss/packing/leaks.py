@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xtloss.checks import check_known, check_module, forward_keywords, widened
 from xtloss.packing.experiment import ALONE, NoPlaceError, leak, neutral, outputs, stand_ins
-from xtloss.packing.segments import segment_arguments
+from xtloss.packing.segments import check_segments, segment_arguments
 from xtloss.packing.verdict import trusted
 
 
@@ -47,7 +47,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
     known = forward_keywords(net, getattr(net, 'attn_layers', None))
     if known is not None:
         check_known('segment_leak()', network_kwargs, known)
-    arguments = {name: each(plain, value) for name, value in network_kwargs.items() if value is not None}
+    arguments = {name: each(without_graph, value) for name, value in network_kwargs.items() if value is not None}
     limit, v = getattr(net, 'max_seq_len', 0) or 256, getattr(net, 'num_tokens', 2)
     varlen = trusted(net).varlen
     b, n = size_of(arguments, 1 if varlen else 2, min(limit, 256))
@@ -59,7 +59,8 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
     def run(x: Tensor, ids: Tensor, place: tuple[slice, slice]) -> Tensor:
         given = {name: each(partial(cut, name, *place), value) for name, value in arguments.items()}
         if varlen or x.shape == (b, n):  # else alone, without masks
-            given = segment_arguments(net, ids, given, trust=True)
+            check_segments(net, len(ids), given, trust=True)
+            given = segment_arguments(net, ids, given)
         logits, hiddens = net(x, return_intermediates=True, looped_pred_all_logits=True, **given)
         pooled = getattr(hiddens, 'attn_pooled_tokens', None)
         if not isinstance(logits, Tensor) or pooled is not None:
@@ -71,7 +72,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
         for module in net.modules():
             module.training = False
         try:
-            return torch.stack(leak(run, x.to(device), other.to(device))).max().item()
+            return leak(run, x.to(device), other.to(device)).max().item()
         except Exception:  # whatever the network raises
             return float('inf')
 
@@ -83,7 +84,7 @@ def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return change(value) if isinstance(value, Tensor) else value
 
 
-def plain(t: Tensor) -> Tensor:
+def without_graph(t: Tensor) -> Tensor:
     """Return a tensor without its graph, float32 where it is floating point, int64 where it is integer."""
     return t.detach().float() if t.is_floating_point() else widened(t.detach())
 

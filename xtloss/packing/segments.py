@@ -13,40 +13,33 @@ from torch import Tensor, nn
 
 from xtloss.checks import check_dtype
 from xtloss.packing.runs import causal_mask, positions_in_run, run_numbers
-from xtloss.packing.verdict import Verdict, trusted, verdict
+from xtloss.packing.verdict import trusted, verdict
 
 # arguments of the network's forward that move no sequence: tests/test_segments.py proves each
 APART_ARGUMENTS = frozenset(
     'mask self_attn_kv_mask attn_mask context context_mask condition in_attn_cond embed_ids sum_embeds recycle_steps '
     'looped_steps max_looped_steps layers_execute_order repeat_blocks attn_z_loss_weight'.split()
 )
-ADDED = frozenset({'prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'})  # which these masks do not fit, ever
+NEVER = frozenset({'prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'})  # these masks do not fit them
 
 
 def segment_arguments(
     net: nn.Module,
     segment_ids: Tensor,  # (b, n) integer
     arguments: dict[str, Any],
-    *,
-    trust: bool = False,
 ) -> dict[str, Any]:
     """Return the arguments of the network's forward with which it computes each run of equal ids as if it were alone.
 
     `attn_mask` is joined with the causal mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each
     run, but only where the embedding is absolute: relative encodings need none. A network built with
     `attn_flash_pack_seq` is handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other.
-    With `trust` neither the network nor its own arguments are judged: that they heed the mask is the caller's promise.
-
-    Raises:
-        TypeError: `attn_mask` is not bool.
-        ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
-
+    Whether the network heeds them is for `check_segments` to say.
     """
-    judged = check_segments(net, len(segment_ids), arguments, trust=trust)
+    facts = trusted(net)
     run = run_numbers(segment_ids)  # (b, n)
-    if judged.absolute:
+    if facts.absolute:
         arguments = {**arguments, 'pos': positions_in_run(run)}
-    if judged.varlen:
+    if facts.varlen:
         return {**arguments, 'flash_pack_seq_kwargs': varlen_arguments(run)}
 
     # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
@@ -57,8 +50,16 @@ def segment_arguments(
     return {**arguments, 'attn_mask': attn_mask}
 
 
-def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trust: bool) -> Verdict:
-    """Raise what `segment_arguments` raises of segment ids of so many rows; return what is known of the network."""
+def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trust: bool) -> None:
+    """Judge whether a network, handed these arguments, keeps the sequences in so many rows apart.
+
+    With `trust` neither the network nor its own arguments are judged: that they heed the mask is the caller's promise.
+
+    Raises:
+        TypeError: `attn_mask` is not bool.
+        ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
+
+    """
     given = {name: value for name, value in arguments.items() if value is not None}
     if 'attn_mask' in given:
         check_dtype('attn_mask', given['attn_mask'], 'bool')
@@ -66,7 +67,6 @@ def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trus
     reason = judged.reason or why_not_arguments(list(given), rows, judged.varlen, trust)
     if reason is not None:
         raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
-    return judged
 
 
 def varlen_arguments(run: Tensor) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def varlen_arguments(run: Tensor) -> dict[str, Any]:
 def why_not_arguments(names: list[str], rows: int, varlen: bool, trust: bool) -> str | None:
     """Return which argument of the network's forward is not known to keep sequences apart; None if all are."""
     for name in names:
-        if name in ADDED if trust else name not in APART_ARGUMENTS and not name.startswith('return_'):
+        if name in NEVER if trust else name not in APART_ARGUMENTS and not name.startswith('return_'):
             return name
         if varlen and ('mask' in name or name == 'context'):
             return f'{name} beside attn_flash_pack_seq'

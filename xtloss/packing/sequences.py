@@ -133,12 +133,6 @@ def described(sequence: Any) -> str:
     return f'a tensor of {dtype_name(sequence.dtype)}' if isinstance(sequence, Tensor) else 'a list'
 
 
-def check_max_len_type(max_len: Any) -> None:
-    """Raise TypeError unless it is an integer."""
-    if not is_integer(max_len):
-        raise TypeError(f'max_len must be an int, got {type(max_len).__name__}')
-
-
 def check_max_len(max_len: int) -> int:
     """Return it as an int; raise ValueError unless it is a length of a row."""
     if max_len < 1:

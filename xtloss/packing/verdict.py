@@ -13,9 +13,17 @@ from torch.nn.modules import module as every_module
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import AbsolutePositionalEmbedding, AttentionLayers, TransformerWrapper
 
-from xtloss.packing.apart import LIBRARIES, is_upstream, option_of, owner_of, strange, uses_varlen, why_not_together
 from xtloss.packing.asking import OUTER, ask
 from xtloss.packing.experiment import ALONE, SHARDING, bare, neutral, wrapped, written_in
+from xtloss.packing.known_networks import (
+    LIBRARIES,
+    is_upstream,
+    option_of,
+    owner_of,
+    strange,
+    uses_varlen,
+    why_not_together,
+)
 from xtloss.tracing import constant
 
 AROUND = (*SHARDING, 'torch.nn.utils', 'torch.utils', 'torch.fx')  # whose hooks and subclasses move no token
@@ -111,7 +119,8 @@ def why_not(net: nn.Module, inner: TransformerWrapper) -> str | None:
 
     odd = strange([module for module, place in places.items() if is_upstream(module) or place.foreign is None])
     own = {trait: module for trait, module in odd.items() if is_upstream(module)}
-    for trait, module in own.items():
+    if own:
+        trait, module = next(iter(own.items()))
         named = next(filter(None, map(option_of, own)), None)
         return named or f'{places[module].path} {trait.owner.__qualname__} {trait.attribute}'.strip()
     if reason := why_not_together(inner, layers):

@@ -49,6 +49,29 @@ class Outputs(NamedTuple):
         return flat[self.place]
 
 
+def real_positions(
+    x: Tensor,  # (b, n) or (b, n, d)
+    *,
+    lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    seq_start_pos: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    prepended: int = 0,
+) -> Tensor:
+    """(b, n) bool, False where x is padding. `seq_start_pos` counts from the first prepended embedding on."""
+    i = torch.arange(x.shape[1], device=x.device)  # (n,)
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if lens is not None:
+        real = real & (i < lens[:, None])
+    if mask is not None:
+        real = real & mask
+    if seq_start_pos is not None:
+        real = real & (i + prepended >= seq_start_pos[:, None])
+    if segment_ids is not None:
+        real = real & (segment_ids != 0)
+    return real
+
+
 def count_targets(
     x: Tensor,  # (b, n) or (b, n, d)
     *,
@@ -74,26 +97,21 @@ def count_targets(
     A sequence is a row, or with ``segment_ids`` one contiguous run of equal non-zero ids inside a row.
     """
     b, n = x.shape[:2]
-    i = torch.arange(1, n, device=x.device)  # (n-1,)
-
-    counted = torch.ones(b, n - 1, dtype=torch.bool, device=x.device)
+    real = real_positions(
+        x, lens=lens, mask=mask, seq_start_pos=seq_start_pos, segment_ids=segment_ids, prepended=prepended
+    )
+    counted = next_tokens(real) & real[:, :-1]
     if ignore_index is not None:
         counted = counted & (next_tokens(x) != ignore_index)
-    if lens is not None:
-        counted = counted & (i < lens[:, None])
-    if mask is not None:
-        counted = counted & next_tokens(mask) & mask[:, :-1]
     if loss_mask is not None:
         counted = counted & next_tokens(loss_mask)
-    if seq_start_pos is not None:
-        counted = counted & (i + prepended > seq_start_pos[:, None])
 
     if segment_ids is None:
         lengths = counted.sum(dim=-1, keepdim=True)  # (b, 1)
         return Targets(counted, lengths.expand(b, n - 1), lengths)
 
     same = next_tokens(segment_ids) == segment_ids[:, :-1]
-    counted = counted & same & (next_tokens(segment_ids) != 0)
+    counted = counted & same
     run = (~same).cumsum(dim=-1)  # (b, n-1), the how-manieth run of its row
     lengths = run.new_zeros(b, n).scatter_add(1, run, counted.long())
     return Targets(counted, lengths.gather(1, run), lengths)

@@ -131,8 +131,11 @@ def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
     return torch.where(nothing, 0, total / torch.where(nothing, 1, legal))
 
 
-def breakdown_of(total: Tensor, token_loss: Tensor, weights: Weights) -> tuple[Tensor, LossBreakdown]:
-    """total / Z, 0-dim, of total = Σ w · ℓ and ℓ (b, n-1); and what it is made of."""
+def breakdown_of(
+    total: Tensor, token_loss: Tensor, weights: Weights, auxiliary: Tensor | None = None
+) -> tuple[Tensor, LossBreakdown]:
+    """total / Z + auxiliary, 0-dim, of total = Σ w · ℓ and ℓ (b, n-1); and what it is made of."""
     loss = normalize(total, weights.normalizer)
-    parts = token_loss, weights.weight, weights.normalizer, torch.zeros_like(loss)
-    return loss, LossBreakdown(*(t.detach() for t in parts))
+    auxiliary = torch.zeros_like(loss) if auxiliary is None else auxiliary
+    parts = token_loss, weights.weight, weights.normalizer, auxiliary
+    return loss + auxiliary, LossBreakdown(*(t.detach() for t in parts))

@@ -11,7 +11,7 @@ Dims: b batch, h heads, i queries, k keys: those of the queries are the last.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +26,7 @@ from x_transformers.x_transformers import (
     ShiftTokens,
 )
 
-
-class Reads(NamedTuple):
-    """What in a network matters to its masks."""
-
-    always_visible: bool  # keys that no mask hides: memory tokens, memory key-values
-    window: int | None  # how far attention looks back
-    mask: bool  # whether something besides attention reads `mask`
-
-
-def reads(net: nn.Module) -> Reads:
-    """Look through the modules of a network."""
-    attentions = [module for module in net.modules() if isinstance(module, Attention)]
-    windows = [attention.max_attend_past for attention in attentions if attention.max_attend_past is not None]
-    return Reads(
-        always_visible=memory_tokens(net) > 0 or any(a.num_mem_kv > 0 for a in attentions),
-        window=min(windows) if windows else None,
-        mask=any(isinstance(module, ShiftTokens) for module in net.modules()),
-    )
+from xtloss.wrappers.memories import memory_length
 
 
 def is_known(net: Any) -> bool:
@@ -69,24 +52,27 @@ def mask_arguments(
         arguments = arguments if mask is None else {**arguments, 'mask': mask}
         return arguments if keys is mask else {**arguments, 'self_attn_kv_mask': keys}
 
-    facts = reads(net)
+    attentions = [module for module in net.modules() if isinstance(module, Attention)]
+    windows = [attention.max_attend_past for attention in attentions if attention.max_attend_past is not None]
+    always_visible = memory_tokens(net) > 0 or any(attention.num_mem_kv > 0 for attention in attentions)
     interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
-    m = memory_length(arguments)
+    m = memory_length(arguments.get('mems'))
     k = max(keys.shape[1], m + queries + (0 if interspersed else memory_tokens(net)))
     keys = F.pad(keys, (k - keys.shape[1], 0), value=True)
     extra = dict(arguments)
     of_memory = (extra.pop('mem_masks', None) or [None])[0]  # of all layers alike
-    if of_memory is not None:
+    if of_memory is not None and m:
         keys = keys & F.pad(of_memory, (0, k - m), value=True)
-    if facts.mask and mask is not None:
+    if mask is not None and any(isinstance(module, ShiftTokens) for module in net.modules()):  # which read it too
         extra['mask'] = mask
-    if facts.always_visible or arguments.get('self_attn_additional_kv') is not None:
+    if always_visible or arguments.get('self_attn_additional_kv') is not None:
         return {**extra, 'self_attn_kv_mask': keys}
 
     if 'mask' in extra:
         extra['self_attn_kv_mask'] = torch.ones_like(keys)  # for attention, in place of `mask`
     causal = bool(net.attn_layers.causal) and arguments.get('causal') is None
-    seen = visible_keys(keys, queries, causal=causal, window=facts.window, attn_mask=arguments.get('attn_mask'))
+    window = min(windows) if windows else None
+    seen = visible_keys(keys, queries, causal=causal, window=window, attn_mask=arguments.get('attn_mask'))
     return {**extra, 'attn_mask': seen}
 
 
@@ -99,12 +85,6 @@ def memory_tokens(net: Any) -> int:
 def prepended_length(arguments: dict[str, Any]) -> int:
     """How many embeddings the caller puts before every row."""
     return arguments['prepend_embeds'].shape[1] if 'prepend_embeds' in arguments else 0
-
-
-def memory_length(arguments: dict[str, Any]) -> int:
-    """How many positions of a memory, the same in all layers, are attended to before the row."""
-    mems = arguments.get('mems') or [None]
-    return 0 if mems[0] is None else mems[0].shape[1]
 
 
 def visible_keys(

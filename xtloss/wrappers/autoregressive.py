@@ -5,7 +5,7 @@ Dims: b batch, n positions, p prepended embeddings, d width, v vocabulary, l loo
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,14 @@ from xtloss.losses.linear_head import linear_head
 from xtloss.losses.looped import looped_losses
 from xtloss.losses.token_losses import loss_from_embeds, next_embed_loss, token_losses
 from xtloss.packing.segments import check_segments
-from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
-from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, normalize
-from xtloss.wrappers.attention_masks import precision_of, prepended_length
+from xtloss.weighting.targets import Outputs, Targets, next_tokens
+from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, breakdown_of, normalize
+from xtloss.wrappers.attention_masks import precision_of
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.returns import ReturnsOutputs
 from xtloss.wrappers.rows import OF_THE_LOSS, Rows, network_rows
 from xtloss.wrappers.stand_in import on_a_stand_in
 from xtloss.wrappers.unpad import TELLING, refuse_unpad
-
-
-class Result(NamedTuple):
-    """All that `forward` may return."""
-
-    loss: Tensor
-    outputs: tuple[Tensor, Any]
-    breakdown: LossBreakdown
 
 
 class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
@@ -162,12 +154,14 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             'lens': lens, 'mask': mask, 'loss_mask': loss_mask, 'loss_weight': loss_weight,
             'segment_ids': segment_ids, 'normalizer': normalizer, **kwargs,
         })  # fmt: skip
-        result: Result = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
+        made: tuple[Any, ...] = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
         wanted = (True, return_outputs, return_breakdown)
-        returned: tuple[Any, ...] = tuple(value for value, asked in zip(result, wanted, strict=True) if asked)
-        return returned if len(returned) > 1 else result.loss
+        returned = tuple(value for value, asked in zip(made, wanted, strict=True) if asked)
+        return returned if len(returned) > 1 else returned[0]
 
-    def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> Result:
+    def _loss(
+        self, x: Tensor, given: dict[str, Any], stand_in: Any = None
+    ) -> tuple[Tensor, tuple[Tensor, Any], LossBreakdown]:
         """The equation: count, run the network, weigh in the dtype of what it returned, cost, one sum."""
         targets = self._count(x, given)
         rows, fuse = self._rows(x, given, unpad=stand_in is None and self._unpads(given)), self._fuses(given)
@@ -184,12 +178,11 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         auxiliary = normalize((weights.by_length * extra).sum(), weights.normalizer)
         if self.add_attn_z_loss and stand_in is None:
             auxiliary = auxiliary + cache.attn_z_loss
-        loss = normalize(total, weights.normalizer) + auxiliary
+        loss, breakdown = breakdown_of(total, token_loss, weights, auxiliary)
 
-        breakdown = (token_loss, weights.weight, weights.normalizer, auxiliary)
         logits = rows.outputs.to_targets(out, targets.counted.shape) if given.get('return_outputs') else out
         cache = cache if rows.outputs.place is None else None  # of other rows than the caller's
-        return Result(loss, (logits, cache), LossBreakdown(*(t.detach() for t in breakdown)))
+        return loss, (logits, cache), breakdown
 
     # below the fold: what the lines above call
 
@@ -209,11 +202,6 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             check_segments(self.net, 1, network, trust=self.trust_segments)
         self._may_fuse(given)
         return x, given
-
-    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        names = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
-        counting: dict[str, Any] = {name: given.get(name) for name in names}
-        return count_targets(x, ignore_index=self.ignore_index, prepended=prepended_length(given), **counting)
 
     def _unpads(self, given: dict[str, Any]) -> bool:
         """Whether a call tells of padding that no compute need go into."""

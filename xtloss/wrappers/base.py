@@ -23,26 +23,28 @@ from xtloss.checks import (
     widened,
 )
 from xtloss.losses.linear_cross_entropy import refuse_transforms
-from xtloss.losses.linear_head import why_not_arguments, why_not_linear
-from xtloss.weighting.targets import Targets
+from xtloss.losses.linear_head import why_not_linear
+from xtloss.weighting.targets import Targets, count_targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, check_weighting_types, resolve_weighting
-from xtloss.wrappers.attention_masks import is_known, memory_length, memory_tokens, prepended_length
-from xtloss.wrappers.memories import OF_LAYERS, check_memory_shapes, check_memory_types
+from xtloss.wrappers.attention_masks import is_known, memory_tokens, prepended_length
+from xtloss.wrappers.memories import OF_LAYERS, check_memory_shapes, check_memory_types, memory_length
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
 
 FLAGS = ('return_outputs', 'return_breakdown', 'dropout_mems')
 KEY_MASKS = ('prepend_mask', 'self_attn_kv_mask')
+COUNTING = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
 IDS = ('pos', 'embed_ids')  # of the network: int64, or it takes a position for an embedding
 
 
 class LossWrapper(nn.Module):
     """A wrapper with `equal_loss_weight_batch` and `loss_weighting`, plain attributes that may be set at any time.
 
-    A subclass says by `_checked` what it takes, and by `_count` which of its targets count.
+    A subclass says by `_checked` what it takes.
     """
 
     net: Any
+    ignore_index: int | None = None  # frames have none
     equal_loss_weight_batch: bool
     loss_weighting: str | float | None
     fused: bool | str = False  # a wrapper without a head never fuses
@@ -115,7 +117,8 @@ class LossWrapper(nn.Module):
         raise NotImplementedError
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        raise NotImplementedError
+        counting: dict[str, Any] = {name: given[name] for name in COUNTING if name in given}
+        return count_targets(x, ignore_index=self.ignore_index, prepended=prepended_length(given), **counting)
 
     def _check_batch(self, x: Tensor, given: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
         """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
@@ -141,7 +144,8 @@ class LossWrapper(nn.Module):
         if attn_mask is not None:
             check_attn_mask(attn_mask, x)
         prepended = prepended_length(given)
-        check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], prepended + memory_length(given)))
+        before = prepended + memory_length(given.get('mems'))
+        check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], before))
         layers = {name: list(given[name]) for name in OF_LAYERS if name in given}  # which the network copies
         return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids}), **layers}
 
@@ -150,25 +154,23 @@ class LossWrapper(nn.Module):
         return n, n + before + memory_tokens(self.net)
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
-        """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
-        return bool(self.fused) and self._judge_fused(self._why_not_fused(given))
+        """Whether head and loss may be one in a call with these arguments; ValueError where they must be and cannot."""
+        why_not = self._why_not_fused(given) if self.fused else 'fused=False'
+        if why_not is not None and self.fused and self.fused != 'auto':
+            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
+        return why_not is None
 
     def _fuses(self, given: dict[str, Any]) -> bool:
-        """Whether head and loss are one in a call; ValueError where they must be and cannot."""
-        fuses = self._may_fuse(given) and self._judge_fused(why_not_linear(self.net, []))
+        """Whether head and loss are one in a call that runs the network; RuntimeError under transforms."""
+        fuses = self._may_fuse(given)
         if fuses:
             refuse_transforms()
         return fuses
 
-    def _judge_fused(self, why_not: str | None) -> bool:
-        if why_not is not None and self.fused != 'auto':
-            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
-        return why_not is None
-
     def _why_not_fused(self, given: dict[str, Any]) -> str | None:
         if given.get('return_outputs', False):
             return 'return_outputs asks for logits'
-        return why_not_arguments([name for name in given if name not in OF_THE_LOSS])
+        return why_not_linear(self.net, [name for name in given if name not in OF_THE_LOSS])
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         """Raise TypeError for an argument that neither `forward` nor the network's forward has."""

@@ -14,11 +14,11 @@ from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstrea
 from xtloss.checks import check_flag, refuse_arguments
 from xtloss.losses.cross_entropy import loss_dtype
 from xtloss.losses.gaussian import gaussian_nll, is_gaussian
-from xtloss.weighting.targets import Targets, count_targets, next_tokens
+from xtloss.weighting.targets import Targets, next_tokens, real_positions
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, precision_of
 from xtloss.wrappers.base import LossWrapper
-from xtloss.wrappers.inputs import join_keys, real_positions
+from xtloss.wrappers.inputs import join_keys
 from xtloss.wrappers.returns import ReturnsLoss
 from xtloss.wrappers.rollout import count_rollout, refuse_rollout, roll_out
 from xtloss.wrappers.rows import OF_THE_LOSS
@@ -186,10 +186,10 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         return super().key_range(max(1, n - 1), before)
 
     def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        counting: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
-        if given.get('rollout_steps', 1) > 1:
-            return count_rollout(x, given['rollout_steps'], **counting)
-        return count_targets(x, **counting, seq_start_pos=given.get('seq_start_pos'))
+        if given.get('rollout_steps', 1) == 1:
+            return super()._count(x, given)
+        told: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
+        return count_rollout(x, given['rollout_steps'], **told)
 
     def _is_plain(self, given: dict[str, Any]) -> bool:
         """Whether a mean over all elements is the loss."""

@@ -24,29 +24,6 @@ def legal_ids(
     return x.masked_fill((x == ignore_index) | ~real, pad_value)
 
 
-def real_positions(
-    x: Tensor,  # (b, n) or (b, n, d)
-    *,
-    lens: Tensor | None = None,
-    mask: Tensor | None = None,
-    seq_start_pos: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    prepended: int = 0,
-) -> Tensor:
-    """(b, n) bool, False where x is padding. `seq_start_pos` counts from the first prepended embedding on."""
-    i = torch.arange(x.shape[1], device=x.device)  # (n,)
-    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    if lens is not None:
-        real = real & (i < lens[:, None])
-    if mask is not None:
-        real = real & mask
-    if seq_start_pos is not None:
-        real = real & (i + prepended >= seq_start_pos[:, None])
-    if segment_ids is not None:
-        real = real & (segment_ids != 0)
-    return real
-
-
 def random_key_mask(real: Tensor, mask_prob: float) -> Tensor:
     """(b, n) bool, False at a random `mask_prob` of the keys of each row, never at the first, or the first real one.
 

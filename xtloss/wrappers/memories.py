@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xtloss.checks import check_device, check_dtype
+from xtloss.wrappers.inputs import join_keys
 
 OF_LAYERS = {'mems': 'floating point', 'mem_masks': 'bool'}  # arguments that are a tensor, or None, for each layer
 
@@ -24,18 +24,16 @@ class Memories(NamedTuple):
     mask: Tensor | None = None  # (b, m) bool; None: nothing in them is padding
 
 
+def memory_length(mems: list[Tensor] | None) -> int:
+    """How many positions of a memory, the same in all layers, are attended to before the row."""
+    return 0 if not mems or mems[0] is None else mems[0].shape[1]
+
+
 def seen_keys(memories: Memories, mask: Tensor | None, h: int) -> Tensor | None:
     """(b, m + h) bool: what is real of the memories and of a segment with this mask, (b, s); None: all of it."""
-    like = mask if mask is not None else memories.mask
-    if like is None:
-        return None
-    m = memories.mems[0].shape[1] if memories.mems else 0
-    keys = torch.ones(like.shape[0], m + h, dtype=torch.bool, device=like.device)
-    if memories.mask is not None:
-        keys = keys & F.pad(memories.mask, (0, h), value=True)
-    if mask is not None:
-        keys = keys & F.pad(mask, (m + h - mask.shape[1], 0), value=True)
-    return keys
+    m = memory_length(memories.mems)
+    keys = join_keys([F.pad(memories.mask, (0, h), value=True) if memories.mask is not None and m else None, mask])
+    return None if keys is None else F.pad(keys, (m + h - keys.shape[1], 0), value=True)
 
 
 def remember(memories: Memories, mask: Tensor | None, intermediates: Any) -> Memories:

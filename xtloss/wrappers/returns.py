@@ -13,7 +13,7 @@ from xtloss.weighting.weights import LossBreakdown
 
 No: TypeAlias = Literal[False]
 Yes: TypeAlias = Literal[True]
-Outputs: TypeAlias = tuple[Tensor, Any]  # logits, cache
+LogitsAndCache: TypeAlias = tuple[Tensor, Any]  # logits, cache
 
 
 class ReturnsLoss(Protocol):
@@ -41,10 +41,10 @@ class ReturnsOutputs(Protocol):
     @overload
     def __call__(
         self, x: Tensor, return_outputs: Yes, *args: Any, return_breakdown: No = False, **kwargs: Any
-    ) -> tuple[Tensor, Outputs]: ...
+    ) -> tuple[Tensor, LogitsAndCache]: ...
     @overload
     def __call__(
         self, x: Tensor, return_outputs: Yes, *args: Any, return_breakdown: Yes, **kwargs: Any
-    ) -> tuple[Tensor, Outputs, LossBreakdown]: ...
+    ) -> tuple[Tensor, LogitsAndCache, LossBreakdown]: ...
     @overload
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtloss.checks import refuse_arguments
-from xtloss.weighting.targets import Targets
-from xtloss.wrappers.inputs import real_positions
+from xtloss.weighting.targets import Targets, real_positions
 from xtloss.wrappers.rows import OF_THE_LOSS
 
 MIN_VARIANCE = 1e-5

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from xtloss.packing.segments import segment_arguments
 from xtloss.packing.verdict import trusted
-from xtloss.weighting.targets import Outputs
+from xtloss.weighting.targets import Outputs, real_positions
 from xtloss.wrappers.attention_masks import is_known, mask_arguments, position_arguments, prepended_length
-from xtloss.wrappers.inputs import join_keys, legal_ids, random_key_mask, real_positions
+from xtloss.wrappers.inputs import join_keys, legal_ids, random_key_mask
 from xtloss.wrappers.unpad import plan_rows
 
 # arguments of a wrapper's forward that the network does not get
@@ -60,7 +60,7 @@ def network_rows(
     n, mask = ids.shape[1], given.get('mask')
     arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
     if 'segment_ids' in given:
-        arguments = segment_arguments(net, given['segment_ids'], arguments, trust=True)  # judged already
+        arguments = segment_arguments(net, given['segment_ids'], arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
     arguments.update(position_arguments(net, given.get('seq_start_pos'), n, prepended, arguments.get('pos')))
     start = given.get('seq_start_pos') if is_known(net) else None  # a network of somebody else's hides what is before

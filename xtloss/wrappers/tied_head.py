@@ -10,20 +10,14 @@ from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
-from x_transformers.x_transformers import TransformerWrapper
+
+from xtloss.losses.linear_head import tied_network
 
 
-def reads_another_network(net: Any) -> bool:
+def reads_another_network(net: nn.Module) -> bool:
     """Whether the head of `net` is tied, but to the embedding of another network."""
-    head = vars(net).get('to_logits')
-    return (
-        type(head) is FunctionType
-        and head.__module__ == TransformerWrapper.__module__
-        and head.__qualname__ == f'{TransformerWrapper.__init__.__qualname__}.<locals>.<lambda>'
-        and head.__code__.co_freevars == ('self',)
-        and head.__closure__ is not None
-        and head.__closure__[0].cell_contents is not net
-    )
+    tied = tied_network(net)
+    return tied is not None and tied is not net
 
 
 def rebind_tied_heads(module: nn.Module) -> None:
@@ -32,7 +26,6 @@ def rebind_tied_heads(module: nn.Module) -> None:
         if reads_another_network(net):
             head: Any = net.to_logits
             own: Any = FunctionType(head.__code__, head.__globals__, head.__name__, head.__defaults__, (CellType(net),))
-            own.__qualname__ = head.__qualname__
             net.to_logits = own
 
 

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from xtloss.losses.transforms import functorch_active, has_values
-from xtloss.packing.collating import one_to_a_row
-from xtloss.packing.layout import Layout, best_fit_decreasing, sequence_numbers, token_index
+from xtloss.packing.layout import Layout, best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
 from xtloss.packing.sequences import CPU
-from xtloss.weighting.targets import Outputs
-from xtloss.wrappers.inputs import real_positions
+from xtloss.weighting.targets import Outputs, real_positions
 
 TELLING = ('lens', 'mask', 'seq_start_pos')  # what says which tokens are real
 PER_TOKEN = ('embed_ids', 'sum_embeds', 'condition', 'self_attn_kv_mask')  # what the network reads of each token
@@ -108,11 +106,13 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
         for row, (begin, end, count) in enumerate(torch.stack([first, last, counts], dim=1).tolist())
         if count
     ]
-    starts, lengths, sums = zip(*spans, strict=True) if spans else ((), (), ())
-    if not spans or (sum(lengths) == b * n and not one_row):
+    if not spans:
+        return None
+    starts, lengths, sums = zip(*spans, strict=True)
+    longest, tokens = max(lengths), sum(lengths)
+    if tokens == b * n and not one_row:
         return None
 
-    longest, tokens = max(lengths), sum(lengths)
     layout = best_fit_decreasing(lengths, tokens if one_row else longest)
     packs = one_row or pays(layout, len(lengths))
     layout = layout if packs else one_to_a_row(lengths, longest)

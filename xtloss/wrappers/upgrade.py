@@ -12,7 +12,6 @@ from xtloss.checks import check_module
 from xtloss.wrappers.autoregressive import AutoregressiveWrapper
 from xtloss.wrappers.base import LossWrapper
 from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
-from xtloss.wrappers.tied_head import warn_of_foreign_head
 from xtloss.wrappers.xl import XLAutoregressiveWrapper
 
 M = TypeVar('M', bound=nn.Module)
@@ -72,7 +71,7 @@ def upgrade_(module: M, **options: Any) -> M:
 
     """
     check_module('module', module)
-    planned: list[tuple[nn.Module, Upgrade, dict[str, Any]]] = []
+    planned: list[tuple[Any, Upgrade, dict[str, Any]]] = []
     left_alone: list[str] = []
     for path, wrapper in module.named_modules():
         name = f'{path or "the module itself"} ({type(wrapper).__name__})'
@@ -90,9 +89,7 @@ def upgrade_(module: M, **options: Any) -> M:
         )
     for wrapper, upgrade, chosen in planned:
         wrapper.__class__ = upgrade.ours
-        for option, value in chosen.items():
-            setattr(wrapper, option, value)
-        warn_of_foreign_head(wrapper.net)
+        wrapper.set_loss_options(**chosen)
     if subclasses:
         warnings.warn(subclasses, UserWarning, stacklevel=2)
     return module

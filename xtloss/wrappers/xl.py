@@ -15,12 +15,12 @@ from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper as 
 from xtloss.checks import refuse_arguments
 from xtloss.losses.linear_head import linear_head
 from xtloss.losses.token_losses import loss_from_embeds, token_losses
-from xtloss.weighting.targets import Outputs, Targets, count_targets, next_tokens
+from xtloss.weighting.targets import Outputs, next_tokens, real_positions
 from xtloss.weighting.weights import LossBreakdown, batch_weights, breakdown_of
 from xtloss.wrappers.attention_masks import mask_arguments, memory_tokens, precision_of
 from xtloss.wrappers.base import LossWrapper
-from xtloss.wrappers.inputs import legal_ids, real_positions
-from xtloss.wrappers.memories import Memories, remember, seen_keys
+from xtloss.wrappers.inputs import legal_ids
+from xtloss.wrappers.memories import OF_LAYERS, Memories, remember, seen_keys
 from xtloss.wrappers.returns import ReturnsLoss
 from xtloss.wrappers.rows import OF_THE_LOSS
 from xtloss.wrappers.stand_in import on_a_stand_in
@@ -31,7 +31,6 @@ REFUSED = {
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
 }
 REFUSED_BESIDE_MASK = {'self_attn_kv_mask': 'mask says which keys are real'}
-OF_SEGMENTS = frozenset('mask mems mem_masks dropout_mems ttt_recurrent_steps'.split())
 # of the network's arguments those that are cut with the segments, and how many dims they have where they are per token
 PER_TOKEN = {'embed_ids': 2, 'sum_embeds': 3, 'condition': 3}
 
@@ -190,10 +189,6 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         """Each segment gets it as it is."""
         return min(n, 1), None
 
-    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        counting: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
-        return count_targets(x, ignore_index=self.ignore_index, **counting)
-
     def _why_not_fused(self, given: dict[str, Any]) -> str | None:
         return 'test-time training reads logits' if self._trains_at_test_time else super()._why_not_fused(given)
 
@@ -202,8 +197,8 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         real = real_positions(x, lens=given.get('lens'), mask=given.get('mask'))
         ids = legal_ids(x, ignore_index=self.ignore_index, pad_value=self.pad_value, real=real)
         next_ids = next_tokens(x.masked_fill(~real, self.ignore_index))
-        arguments = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, *OF_SEGMENTS)}
-
+        made_anew = (*OF_THE_LOSS, 'mask', *OF_LAYERS)
+        arguments = {name: value for name, value in given.items() if name not in made_anew}
         inputs = max(1, x.shape[1] - 1)
 
         def cut(t: Tensor, start: int) -> Tensor:

@@ -158,12 +158,12 @@ def strange(modules: list[nn.Module]) -> dict[Trait, nn.Module]:
     return {
         trait: module
         for trait, module in found.items()
-        if trait[:2] in known or trait.attribute in {'', *reads(trait.owner.__module__)}
+        if trait[:2] in known or trait.attribute in {'', *attributes_read(trait.owner.__module__)}
     }
 
 
 @cache
-def reads(module: str) -> frozenset[str]:
+def attributes_read(module: str) -> frozenset[str]:
     """Return the names of all attributes that the code of a Python module, or of x-transformers, reads."""
     names: set[str] = set()
     for code in {module, Attention.__module__, Attend.__module__}:
