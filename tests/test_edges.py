@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import x_transformers
 from networks import assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
+from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper, upgrade_
 
 B, N, S, VOCAB = 3, 9, 5, 11
 NAN = float('nan')
@@ -333,6 +334,18 @@ def test_memories_beside_masks(kind: str, network: str, padding: str, hidden: bo
     assert got.item() == pytest.approx((sum(alone) / (real.sum() - B)).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize('kind', ['plain', 'xl', 'continuous'])
+def test_memories_of_nothing(kind: str) -> None:
+    """No memory in any layer, and masks of memories that there are not, are none."""
+    model, x = continuous() if kind == 'continuous' else (wrapped(kind, torch.float64), ids())
+    mask = torch.ones(x.shape[:2]).bool().index_fill(1, torch.tensor([0]), False)
+    for call in ({}, {'mask': mask}):
+        want = model(x, **call)
+        hidden = torch.zeros(len(x), 3).bool()
+        for nothing in ({'mems': [None]}, {'mems': []}, {'mem_masks': [hidden]}, {'mems': [None], 'mem_masks': [hidden]}):
+            torch.testing.assert_close(model(x, **call, **nothing), want)
+
+
 # copies of a tied network
 
 
@@ -374,10 +387,11 @@ def test_a_copy_of_a_tied_network_reads_its_own_embedding(kind: str, fused: str 
 
 def test_a_copied_bare_network_is_warned_of_once() -> None:
     net = copy.deepcopy(decoder(num_tokens=VOCAB, tie_embedding=True))
+    theirs = x_transformers.AutoregressiveWrapper(net)
     with pytest.warns(UserWarning, match='still reads the embedding of the original: copy the wrapper') as seen:
         AutoregressiveWrapper(net)
-    assert len(seen) == 1
-    assert seen[0].filename == __file__
+        upgrade_(theirs)
+    assert [warning.filename for warning in seen] == [__file__] * 2
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         AutoregressiveWrapper(decoder(num_tokens=VOCAB, tie_embedding=True))

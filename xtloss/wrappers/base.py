@@ -146,8 +146,11 @@ class LossWrapper(nn.Module):
         prepended = prepended_length(given)
         before = prepended + memory_length(given.get('mems'))
         check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], before))
-        layers = {name: list(given[name]) for name in OF_LAYERS if name in given}  # which the network copies
-        return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids}), **layers}
+        for name in OF_LAYERS:
+            layers = list(given.pop(name, []))  # which the network copies
+            if any(layer is not None for layer in layers):
+                given[name] = layers
+        return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids})}
 
     def key_range(self, n: int, before: int) -> tuple[int, int | None]:
         """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""
