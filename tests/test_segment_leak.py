@@ -65,7 +65,7 @@ def test_trust() -> None:
     """No verdict where the caller vouches for the network; what never fits is refused all the same."""
     net = build({'shift_tokens': 1})
     assert judged_arguments(net, IDS, {'look_around': 3}, trust=True).keys() == {'look_around', 'attn_mask', 'pos'}
-    for name in ('prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'):
+    for name in ('prepend_embeds', 'mems', 'cache', 'pos', 'flash_pack_seq_kwargs'):
         with pytest.raises(ValueError, match=f'segment_ids: {name} is not known'):
             judged_arguments(net, IDS, {name: torch.ones(1)}, trust=True)
     assert judged_arguments(nn.Linear(2, 2), IDS, {}, trust=True).keys() == {'attn_mask'}

@@ -8,6 +8,7 @@ import torch
 from networks import assert_same_gradients, decoder, gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from x_transformers.x_transformers import LayerIntermediates
 
 from xtloss import AutoregressiveWrapper
 
@@ -215,13 +216,15 @@ REFUSED: dict[str, Any] = {
     'context_mask': torch.ones(B, 2).bool(),
     'attn_bias': torch.zeros(2, N, N),
     'flash_pack_seq_kwargs': {'cu_seqlens': [torch.arange(3)]},
+    'cache': LayerIntermediates(),
 }
 
 
 @pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, lens: Tensor) -> None:
-    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True)
+@pytest.mark.parametrize('trust', [False, True])
+def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, lens: Tensor, trust: bool) -> None:
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True, trust_segments=trust)
     for method in (wrapper, wrapper.loss_normalizer):
         with pytest.raises(ValueError, match=f'unpad=True: {name}'):
             method(ids(), lens=lens, **{name: REFUSED[name]})

@@ -20,7 +20,7 @@ APART_ARGUMENTS = frozenset(
     'mask self_attn_kv_mask attn_mask context context_mask condition in_attn_cond embed_ids sum_embeds recycle_steps '
     'looped_steps max_looped_steps layers_execute_order repeat_blocks attn_z_loss_weight'.split()
 )
-NEVER = frozenset({'prepend_embeds', 'mems', 'pos', 'flash_pack_seq_kwargs'})  # these masks do not fit them
+NEVER = frozenset({'prepend_embeds', 'mems', 'cache', 'pos', 'flash_pack_seq_kwargs'})  # these masks do not fit them
 
 
 def segment_arguments(

@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 def refuse_unpad(x: Tensor, given: dict[str, Any]) -> None:
     """Raise ValueError for an argument that does not travel with its tokens, whatever the batch holds."""
     for name, value in given.items():
-        if name not in OF_THE_BATCH and holds_tensors(value):
+        if name == 'cache' or (name not in OF_THE_BATCH and holds_tensors(value)):
             raise ValueError(f'unpad=True: {name} cannot be given, it does not travel with the tokens')
     for name, t in per_token(given):
         if t.shape[:2] != x.shape:
