@@ -26,6 +26,7 @@ def rebind_tied_heads(module: nn.Module) -> None:
         if reads_another_network(net):
             head: Any = net.to_logits
             own: Any = FunctionType(head.__code__, head.__globals__, head.__name__, head.__defaults__, (CellType(net),))
+            own.__qualname__ = head.__qualname__  # before Python 3.11, the code does not know it
             net.to_logits = own
 
 
