@@ -34,7 +34,7 @@ def judged_arguments(
     net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False
 ) -> dict[str, Any]:
     """What the wrapper makes of segment ids: the network is judged, then told how to keep them apart."""
-    check_segments(net, len(segment_ids), arguments, trust=trust)
+    check_segments(net, len(segment_ids), arguments, trust=trust, asks='segment_ids')
     return segment_arguments(net, segment_ids, arguments)
 
 

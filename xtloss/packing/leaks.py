@@ -59,7 +59,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
     def run(x: Tensor, ids: Tensor, place: tuple[slice, slice]) -> Tensor:
         given = {name: each(partial(cut, name, *place), value) for name, value in arguments.items()}
         if varlen or x.shape == (b, n):  # else alone, without masks
-            check_segments(net, len(ids), given, trust=True)
+            check_segments(net, len(ids), given, trust=True, asks='segment_leak()')
             given = segment_arguments(net, ids, given)
         logits, hiddens = net(x, return_intermediates=True, looped_pred_all_logits=True, **given)
         pooled = getattr(hiddens, 'attn_pooled_tokens', None)

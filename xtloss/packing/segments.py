@@ -50,10 +50,11 @@ def segment_arguments(
     return {**arguments, 'attn_mask': attn_mask}
 
 
-def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trust: bool) -> None:
+def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trust: bool, asks: str) -> None:
     """Judge whether a network, handed these arguments, keeps the sequences in so many rows apart.
 
     With `trust` neither the network nor its own arguments are judged: that they heed the mask is the caller's promise.
+    `asks` is what the message begins with.
 
     Raises:
         TypeError: `attn_mask` is not bool.
@@ -66,7 +67,7 @@ def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trus
     judged = trusted(net) if trust else verdict(net)
     reason = judged.reason or why_not_arguments(list(given), rows, judged.varlen, trust)
     if reason is not None:
-        raise ValueError(f'segment_ids: {reason} is not known to keep the sequences of a row apart')
+        raise ValueError(f'{asks}: {reason} is not known to keep the sequences of a row apart')
 
 
 def varlen_arguments(run: Tensor) -> dict[str, Any]:
@@ -92,4 +93,4 @@ def why_not_arguments(names: list[str], rows: int, varlen: bool, trust: bool) ->
             return name
         if varlen and ('mask' in name or name == 'context'):
             return f'{name} beside attn_flash_pack_seq'
-    return f'attn_flash_pack_seq on {rows} rows instead of one' if varlen and rows != 1 else None
+    return f'attn_flash_pack_seq on {rows} rows instead of one' if varlen and rows > 1 else None

@@ -164,7 +164,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     ) -> tuple[Tensor, tuple[Tensor, Any], LossBreakdown]:
         """The equation: count, run the network, weigh in the dtype of what it returned, cost, one sum."""
         targets = self._count(x, given)
-        rows, fuse = self._rows(x, given, unpad=stand_in is None and self._unpads(given)), self._fuses(given)
+        rows, fuse = self._rows(x, given, unpad=self._unpads(given)), self._fuses(given)
         out, cache, next_embed = self._run(stand_in or self.net, rows, fuse)
         weights = batch_weights(
             targets, self.weighting, loss_dtype(out.dtype), given.get('loss_weight'), given.get('normalizer')
@@ -195,11 +195,11 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         x, given = self._check_batch(x, given)
         if 'segment_ids' in given:
             network = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
-            check_segments(self.net, len(x), network, trust=self.trust_segments)
+            check_segments(self.net, len(x), network, trust=self.trust_segments, asks='segment_ids')
         if self._unpads(given):
-            refuse_unpad(x, given)
+            refuse_unpad(self.net, x, given)
             network = {name: value for name, value in given.items() if name not in (*OF_THE_LOSS, 'seq_start_pos')}
-            check_segments(self.net, 1, network, trust=self.trust_segments)
+            check_segments(self.net, 1, network, trust=self.trust_segments, asks='unpad=True')
         self._may_fuse(given)
         return x, given
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from xtloss.losses.transforms import functorch_active, has_values
 from xtloss.packing.layout import Layout, best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
 from xtloss.packing.sequences import CPU
+from xtloss.packing.verdict import trusted
 from xtloss.weighting.targets import Outputs, real_positions
 
 TELLING = ('lens', 'mask', 'seq_start_pos')  # what says which tokens are real
@@ -62,8 +63,13 @@ class Plan(NamedTuple):
         return Outputs(place[:-1].view(self.shape)[:, :-1])
 
 
-def refuse_unpad(x: Tensor, given: dict[str, Any]) -> None:
-    """Raise ValueError for an argument that does not travel with its tokens, whatever the batch holds."""
+def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
+    """Raise ValueError for a network or an argument that has no place for the tokens, whatever the batch holds."""
+    facts = trusted(net)
+    if facts.varlen and facts.absolute:
+        raise ValueError(
+            'unpad=True: attn_flash_pack_seq beside an absolute embedding, which has no place for a row of all tokens'
+        )
     for name, value in given.items():
         if name == 'cache' or (name not in OF_THE_BATCH and holds_tensors(value)):
             raise ValueError(f'unpad=True: {name} cannot be given, it does not travel with the tokens')
@@ -90,7 +96,10 @@ def holds_tensors(value: Any) -> bool:
 
 
 def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None:
-    """Plan the rows of a batch; None where it goes as it came. Copies 3 · b numbers to the host."""
+    """Plan the rows of a batch; None where it goes as it came. Copies 3 · b numbers to the host.
+
+    One row is planned even where nothing is real: of all the padding, in which nothing counts.
+    """
     telling = {name: given[name] for name in TELLING if name in given}
     tracing = torch.compiler.is_compiling() or functorch_active()
     if tracing or not all(map(has_values, (x, *telling.values()))):
@@ -106,6 +115,8 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
         for row, (begin, end, count) in enumerate(torch.stack([first, last, counts], dim=1).tolist())
         if count
     ]
+    if not spans and one_row:
+        spans = [(row * n, n, n) for row in range(b)]
     if not spans:
         return None
     starts, lengths, sums = zip(*spans, strict=True)
