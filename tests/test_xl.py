@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Unreachable, assert_same_gradients, decoder, gradients, random_batch
+from networks import ScaledLinear, Unreachable, assert_same_gradients, decoder, gradients, random_batch
 from oracle import differentiable, expected
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -155,6 +155,16 @@ def test_padding_is_ignored_by_the_inner_loss(padding: str) -> None:
 def test_recurrent_steps_need_test_time_training() -> None:
     with pytest.raises(ValueError, match='ttt_recurrent_steps must be 1 without test-time training, got 2'):
         XLAutoregressiveWrapper(network())(ids(), ttt_recurrent_steps=2)
+
+
+@needs_ttt
+def test_test_time_training_reads_logits() -> None:
+    """So that head and loss cannot be one, though the network would allow it."""
+    wrapper = made(XLAutoregressiveWrapper, network(), **TTT, fused=True)
+    for method in (wrapper, wrapper.loss_normalizer):
+        with pytest.raises(ValueError, match=r'^fused=True, but .*: test-time training reads logits$'):
+            method(ids())
+    assert made(XLAutoregressiveWrapper, network(), fused=True)(ids()).isfinite()
 
 
 def carried(net: nn.Module, x: Tensor, segment: int = S, *, forget: bool = False, **of_tokens: Any) -> Tensor:
@@ -343,6 +353,23 @@ def test_a_condition_of_rows_may_be_as_wide_as_they_are_long() -> None:
     condition = torch.randn(B, N)
     want = Upstream(net)(ids(), condition=condition)
     torch.testing.assert_close(XLAutoregressiveWrapper(net)(ids(), condition=condition), want)
+
+
+UNFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    'network': ({'mixture_of_softmax': True}, {}, 'mixture_of_softmax'),
+    'head': ({'to_logits': ScaledLinear(16, VOCAB)}, {}, 'ScaledLinear'),
+    'argument': ({}, {'to_logits_kwargs': {}}, 'to_logits_kwargs'),
+}
+
+
+@pytest.mark.parametrize('name', UNFUSED)
+def test_fused_says_why_it_cannot_be(name: str) -> None:
+    options, call, reason = UNFUSED[name]
+    net = network(**options)
+    with pytest.raises(ValueError, match=f'^fused=True, but head and loss cannot be one: .*{reason}'):
+        XLAutoregressiveWrapper(net, fused=True)(ids(), **call)
+    auto, never = (XLAutoregressiveWrapper(net, fused=fused)(ids(), **call) for fused in ('auto', False))
+    assert auto.item() == never.item()
 
 
 def test_log_probabilities_are_taken_as_they_are() -> None:
