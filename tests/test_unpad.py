@@ -218,10 +218,12 @@ REFUSED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
+@pytest.mark.parametrize('trust', [False, True], ids=['', 'trusted'])
+@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N), torch.zeros(B).long()], ids=['some', 'all', 'none'])
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, lens: Tensor) -> None:
-    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True)
+def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, lens: Tensor, trust: bool) -> None:
+    """No promise about the network is one about its arguments."""
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True, trust_segments=trust)
     for method in (wrapper, wrapper.loss_normalizer):
         with pytest.raises(ValueError, match=f'unpad=True: {name}'):
             method(ids(), lens=lens, **{name: REFUSED[name]})
