@@ -626,3 +626,33 @@ def test_varlen_attention_reads_a_padded_batch_as_one_row(options: dict[str, Any
     want = torch.cat(costs).mean()
     torch.testing.assert_close(loss, want, rtol=1e-9, atol=0)
     assert_same_gradients(gradients(loss, net), gradients(want, masked), 1e-9)
+
+
+@pytest.mark.usefixtures('flash_attn')
+def test_one_row_of_more_tokens_than_the_network_has_positions() -> None:
+    """Positions restart with every sequence, so that how many of them share the row does not matter."""
+    net, x = build(VARLEN | {'disable_abs_pos_emb': False}), torch.randint(0, VOCABULARY, (8, 5))
+    wrapper, lens = AutoregressiveWrapper(net, unpad=True), torch.full((8,), 5)
+    want = sum(wrapper(x[half], lens=lens[half], normalizer=32.0) for half in (slice(4), slice(4, 8)))
+    torch.testing.assert_close(wrapper(x, lens=lens), want)  # 40 tokens, for `max_seq_len` is 32
+
+
+VARLEN_NOTHING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    'nothing is real': ({'unpad': True}, {'x': torch.ones(4, 5).long(), 'lens': torch.zeros(4).long()}),
+    'no rows': ({'unpad': True}, {'x': torch.ones(0, 5).long(), 'lens': torch.zeros(0).long()}),
+    'no packed row': ({}, {'x': torch.ones(0, 5).long(), 'segment_ids': torch.ones(0, 5).long()}),
+}
+
+
+@pytest.mark.usefixtures('flash_attn')
+@pytest.mark.parametrize('nothing', VARLEN_NOTHING)
+def test_varlen_attention_of_nothing(nothing: str) -> None:
+    """The loss is 0, with a gradient of 0 for each parameter that rows reach."""
+    net, (options, call) = build(VARLEN), VARLEN_NOTHING[nothing]
+    wrapper = AutoregressiveWrapper(net, **options)
+    usual = gradients(wrapper(torch.ones(1, 5).long(), segment_ids=torch.ones(1, 5).long()), wrapper)
+    loss = wrapper(**call)
+    found = gradients(loss, wrapper)
+    assert loss.item() == 0
+    assert found.keys() == usual.keys()
+    assert not any(grad.any() for grad in found.values())

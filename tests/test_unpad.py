@@ -215,6 +215,7 @@ REFUSED: dict[str, Any] = {
     'context_mask': torch.ones(B, 2).bool(),
     'attn_bias': torch.zeros(2, N, N),
     'flash_pack_seq_kwargs': {'cu_seqlens': [torch.arange(3)]},
+    'cache': decoder(num_tokens=VOCAB)(torch.zeros(B, 2).long(), return_intermediates=True)[1],
 }
 
 
