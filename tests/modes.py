@@ -1,11 +1,14 @@
 """A small wrapper of every kind with a ragged batch for it, and the loss of its sequences one by one by upstream's."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import x_transformers
 from networks import decoder
 from test_continuous import network as continuous_network
+from test_xl import carried
 from torch import Tensor, nn
 
 import xtloss
@@ -52,10 +55,27 @@ def batch(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[
     return {'x': x, 'segment_ids': SEGMENT_IDS} if kind == 'packed' else {'x': x, 'lens': LENS}
 
 
+def sequences(kind: str, call: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
+    """The row of each sequence, and where in it: (length,)."""
+    ids = call['segment_ids'] if kind == 'packed' else (torch.arange(N) < call['lens'][:, None]).long()
+    return [(row, (i == k).nonzero().flatten()) for row, i in enumerate(ids) for k in i.unique() if k]
+
+
 def alone(kind: str, network: nn.Module, call: dict[str, Tensor]) -> Tensor:
     """The mean over all counted targets by upstream's wrapper, a sequence at a time, nothing hidden."""
     theirs = getattr(x_transformers, KINDS[kind])(network)
-    ids = call['segment_ids'] if kind == 'packed' else (torch.arange(N) < call['lens'][:, None]).long()
-    sequences = [x[i == k][None] for x, i in zip(call['x'], ids, strict=True) for k in i.unique() if k]
-    count = sum(x.shape[1] - 1 for x in sequences)
-    return torch.stack([theirs(x) * ((x.shape[1] - 1) / count) for x in sequences]).sum()
+    xs = [call['x'][row, here][None] for row, here in sequences(kind, call)]
+    count = sum(x.shape[1] - 1 for x in xs)
+    return torch.stack([theirs(x) * ((x.shape[1] - 1) / count) for x in xs]).sum()
+
+
+def alone_losses(kind: str, network: nn.Module, call: dict[str, Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The row of each sequence, where its targets are, and what each costs by the network alone: (length - 1,)."""
+    for row, here in sequences(kind, call):
+        x = call['x'][row, here][None]
+        if kind == 'continuous':
+            losses = (network(x[:, :-1]) - x[:, 1:])[0].square().mean(dim=-1)
+        else:
+            logits = carried(network, x, SEGMENT) if kind == 'xl' else network(x[:, :-1])
+            losses = F.cross_entropy(logits[0], x[0, 1:], reduction='none')
+        yield row, here[1:], losses.detach()

@@ -1,9 +1,12 @@
-"""The extra losses of looped networks and of the continuous head follow the weighting, without `loss_weight`."""
+"""The extra losses of looped networks and of the continuous head follow the weighting, without `loss_weight`.
+
+Attention's follows nothing: it is one number for the batch.
+"""
 
 import pytest
 import torch
-from networks import decoder, random_batch
-from oracle import auxiliary, expected, looped_token_loss
+from networks import assert_same_gradients, decoder, gradients, random_batch
+from oracle import auxiliary, differentiable, expected, looped_token_loss
 
 from xtloss import AutoregressiveWrapper
 
@@ -68,3 +71,26 @@ def test_next_embedding_loss(weighting: str | float, prepended: int) -> None:
     extra = 0.3 * auxiliary(want, distances)
     assert loss.item() == pytest.approx(want.loss + extra, rel=1e-9)
     assert parts.auxiliary.item() == pytest.approx(extra, rel=1e-9)
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('normalizer', [None, 2.5])
+@pytest.mark.parametrize('counts', [True, False])
+def test_attention_z_loss(weighting: str | float, normalizer: float | None, counts: bool) -> None:
+    """The square of logsumexp, as upstream; no weight and no Z touches it, also where nothing counts."""
+    net = decoder(layers_depth=2, layers_attn_qk_norm=True, dtype=torch.float64)
+    call = random_batch(5, 3, 7, 11, {'ignore', 'lens', 'loss_mask', 'loss_weight'})
+    call['loss_mask'] &= torch.tensor(counts)
+    wrapper = AutoregressiveWrapper(net, add_attn_z_loss=True, loss_weighting=weighting)
+    loss, parts = wrapper(**call, normalizer=normalizer, attn_z_loss_weight=0.01, return_breakdown=True)
+
+    read = call['x'].masked_fill((call['x'] == -100) | (torch.arange(7) >= call['lens'][:, None]), 0)
+    logits, cache = net(read, return_intermediates=True)
+    height = sum(layer.pre_softmax_attn.logsumexp(dim=-1) for layer in cache.attn_intermediates)  # (b, h, n)
+    extra = 0.01 * (height**2).sum() / (3 * 7)
+    want = expected(logits, weighting=weighting, normalizer=normalizer, **call)
+    assert any(map(any, want.counted)) == counts
+    assert loss.item() == pytest.approx(want.loss + extra.item(), rel=1e-9)
+    assert parts.auxiliary.item() == pytest.approx(extra.item(), rel=1e-9)
+    wanted = gradients(differentiable(logits, call['x'], want) + extra, net)
+    assert_same_gradients(gradients(loss, net), wanted, 1e-9, floor=1e-6)

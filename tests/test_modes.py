@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import x_transformers
-from modes import KINDS, alone, batch, net, ours, wrap
+from modes import KINDS, B, N, alone, alone_losses, batch, net, ours, wrap
 from networks import assert_same_gradients, gradients
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -170,6 +170,27 @@ def test_forward_mode_and_batched_derivatives(kind: str) -> None:
     for row, seed in enumerate(seeds):
         found = {name: grad[row] for name, grad in zip(wanted, batched, strict=True)}
         assert_same_gradients(found, {name: seed * grad for name, grad in wanted.items()}, 1e-9, floor=1e-3)
+
+
+@kinds
+@either
+@pytest.mark.parametrize('of', ['a row', 'a token', 'a token, compiled'])
+def test_a_loss_weight_gets_its_gradient(kind: str, fused: bool | str, of: str) -> None:
+    """ℓ · L^-p / Z of each target by its sequence alone, whatever the weights are; a row's is the sum of its own."""
+    torch._dynamo.reset()
+    wrapper, call = ours(kind, fused=fused), batch(kind)
+    wrapper.loss_weighting = 0.3
+    run = torch.compile(wrapper, backend='eager') if 'compiled' in of else wrapper
+    weight = torch.randn((B,) if of == 'a row' else (B, N), dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(run(**call, loss_weight=weight), weight)
+    torch._dynamo.reset()
+
+    want, total = torch.zeros(B, N, dtype=torch.float64), 0.0
+    for row, here, losses in alone_losses(kind, wrapper.net, call):
+        want[row, here] = losses * len(losses) ** -0.3
+        total += len(losses) ** 0.7
+    want = want / total
+    torch.testing.assert_close(grad, want.sum(dim=1) if of == 'a row' else want, rtol=1e-9, atol=1e-12)
 
 
 # where there are no values, or no luck

@@ -4,19 +4,23 @@ import inspect
 import random
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import x_transformers.attend
-from networks import judged_arguments
+from networks import assert_same_gradients, gradients, judged_arguments
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Decoder, Encoder, TransformerWrapper
+from x_transformers.attend import Attend
 from x_transformers.x_transformers import AbsolutePositionalEmbedding, Attention, AttentionLayers, FeedForward
 
+from xtloss import AutoregressiveWrapper
 from xtloss.packing.known_networks import APART, traits_of_example
 from xtloss.packing.segments import APART_ARGUMENTS
 
@@ -521,7 +525,7 @@ def varlen_attention(
     for start, stop in zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), strict=False):
         assert 0 <= stop - start <= min(max_seqlen_q, max_seqlen_k)
         here = (t[start:stop].transpose(0, 1) for t in (q, k, v))
-        out[start:stop] = nn.functional.scaled_dot_product_attention(*here, is_causal=True).transpose(0, 1)
+        out[start:stop] = F.scaled_dot_product_attention(*here, is_causal=True).transpose(0, 1)
     return out
 
 
@@ -589,3 +593,67 @@ def test_varlen_attention_takes_one_row_and_no_masks() -> None:
     with pytest.raises(ValueError, match='segment_ids: attn_flash_pack_seq in some layers only'):
         judged_arguments(net, IDS[:1], {})
     assert judged_arguments(build(VARLEN | {'attn_flash': False}), IDS, {}).keys() == {'attn_mask'}
+
+
+RAGGED = torch.arange(5) < torch.tensor([[5], [1], [4], [0]])
+PADDED = {
+    'right': (RAGGED, {'lens': RAGGED.sum(dim=1)}),
+    'left': (RAGGED.flip(1), {'seq_start_pos': 5 - RAGGED.sum(dim=1)}),
+    'none': (torch.ones(4, 5).bool(), {'lens': torch.full((4,), 5)}),
+    'all but a sequence': (RAGGED & (torch.arange(4) == 0)[:, None], {'lens': torch.tensor([5, 0, 0, 0])}),
+}
+
+
+@pytest.mark.usefixtures('flash_attn')
+@pytest.mark.parametrize('padding', PADDED)
+def test_varlen_attention_reads_a_padded_batch_as_one_row(padding: str) -> None:
+    """With `unpad`: one row of all real tokens, at the loss of the rows alone."""
+    net, masked = build(VARLEN).double(), build({'rotary_pos_emb': True}).double()
+    masked.load_state_dict(net.state_dict())
+    for attend in masked.modules():
+        if isinstance(attend, Attend):
+            attend.attn_fn = partial(F.softmax, dim=-1)  # x-transformers takes it in float32, whatever the network
+    (real, told), x = PADDED[padding], torch.randint(0, VOCABULARY, (4, 5))
+    read: list[torch.Size] = []
+    net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
+    wrapper = AutoregressiveWrapper(net, unpad=True, trust_segments=True)  # a hook on all layers cannot be asked
+    loss = wrapper(x, **told)
+    assert read == [(1, real.sum())]
+
+    rows = [row[here][None] for row, here in zip(x, real, strict=True) if here.sum() > 1]
+    costs = [F.cross_entropy(masked(row[:, :-1])[0], row[0, 1:], reduction='none') for row in rows]
+    want = torch.cat(costs).mean()
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=0)
+    assert_same_gradients(gradients(loss, net), gradients(want, masked), 1e-9)
+
+
+@pytest.mark.usefixtures('flash_attn')
+@pytest.mark.parametrize('lens', [1, 5])
+def test_one_row_has_no_absolute_positions(lens: int) -> None:
+    """It may be longer than the network's embedding, so that it is refused, however short it is."""
+    wrapper = AutoregressiveWrapper(build(VARLEN | {'disable_abs_pos_emb': False}), unpad=True, trust_segments=True)
+    call = {'x': torch.ones(2, 5).long(), 'lens': torch.full((2,), lens)}
+    for method in (wrapper, wrapper.loss_normalizer):
+        with pytest.raises(ValueError, match='unpad=True: attn_flash_pack_seq beside an absolute embedding'):
+            method(**call)
+
+
+VARLEN_NOTHING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    'nothing is real': ({'unpad': True}, {'x': torch.ones(4, 5).long(), 'lens': torch.zeros(4).long()}),
+    'no rows': ({'unpad': True}, {'x': torch.ones(0, 5).long(), 'lens': torch.zeros(0).long()}),
+    'no packed row': ({}, {'x': torch.ones(0, 5).long(), 'segment_ids': torch.ones(0, 5).long()}),
+}
+
+
+@pytest.mark.usefixtures('flash_attn')
+@pytest.mark.parametrize('nothing', VARLEN_NOTHING)
+def test_varlen_attention_of_nothing(nothing: str) -> None:
+    """The loss is 0, with a gradient of 0 for each parameter that rows reach."""
+    net, (options, call) = build(VARLEN), VARLEN_NOTHING[nothing]
+    wrapper = AutoregressiveWrapper(net, **options)
+    usual = gradients(wrapper(torch.ones(1, 5).long(), segment_ids=torch.ones(1, 5).long()), wrapper)
+    loss = wrapper(**call)
+    found = gradients(loss, wrapper)
+    assert loss.item() == 0
+    assert found.keys() == usual.keys()
+    assert not any(grad.any() for grad in found.values())

@@ -8,7 +8,6 @@ import torch
 from networks import assert_same_gradients, decoder, gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from x_transformers.x_transformers import LayerIntermediates
 
 from xtloss import AutoregressiveWrapper
 
@@ -216,14 +215,15 @@ REFUSED: dict[str, Any] = {
     'context_mask': torch.ones(B, 2).bool(),
     'attn_bias': torch.zeros(2, N, N),
     'flash_pack_seq_kwargs': {'cu_seqlens': [torch.arange(3)]},
-    'cache': LayerIntermediates(),
+    'cache': decoder(num_tokens=VOCAB)(torch.zeros(B, 2).long(), return_intermediates=True)[1],
 }
 
 
-@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
+@pytest.mark.parametrize('trust', [False, True], ids=['', 'trusted'])
+@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N), torch.zeros(B).long()], ids=['some', 'all', 'none'])
 @pytest.mark.parametrize('name', REFUSED)
-@pytest.mark.parametrize('trust', [False, True])
 def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, lens: Tensor, trust: bool) -> None:
+    """No promise about the network is one about its arguments."""
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True, trust_segments=trust)
     for method in (wrapper, wrapper.loss_normalizer):
         with pytest.raises(ValueError, match=f'unpad=True: {name}'):
@@ -236,7 +236,7 @@ def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, len
 @pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
 def test_networks_that_do_not_keep_sequences_apart_are_refused(options: dict[str, Any], lens: Tensor) -> None:
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), unpad=True)
-    with pytest.raises(ValueError, match='^unpad=True: .* keep the sequences of a row apart'):
+    with pytest.raises(ValueError, match=r'^unpad=True: .* keep the sequences of a row apart'):
         wrapper(ids(), lens=lens)
     wrapper(ids())
 

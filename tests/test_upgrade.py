@@ -78,7 +78,8 @@ def test_each_wrapper_becomes_ours() -> None:
 def test_an_upgraded_wrapper_is_a_constructed_one() -> None:
     """Not one attribute is missing or another."""
     options = {'equal_loss_weight_batch': True}
-    for name, given in {'AutoregressiveWrapper': {'fused': False}, 'XLAutoregressiveWrapper': {}}.items():
+    rows = {'fused': False, 'unpad': True, 'trust_segments': True}
+    for name, given in {'AutoregressiveWrapper': rows, 'XLAutoregressiveWrapper': {}}.items():
         upgraded = upgrade_(getattr(x_transformers, name)(decoder()), **options, **given)
         built = getattr(xtloss, name)(decoder(), **options, **given)
         plain = {k: v for k, v in vars(built).items() if not k.startswith('_')}

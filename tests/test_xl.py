@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Unreachable, assert_same_gradients, decoder, gradients, random_batch
+from networks import ScaledLinear, Unreachable, assert_same_gradients, decoder, gradients, random_batch
 from oracle import differentiable, expected
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from x_transformers import TransformerWrapper
 from x_transformers import XLAutoregressiveWrapper as Upstream
 from x_transformers.attend import Attend
@@ -156,16 +157,26 @@ def test_recurrent_steps_need_test_time_training() -> None:
         XLAutoregressiveWrapper(network())(ids(), ttt_recurrent_steps=2)
 
 
-def pieces(net: nn.Module, x: Tensor, segment: int = S) -> Tensor:
-    """Logits of the pieces of a row, each read without memory."""
-    return torch.cat([net(piece) for piece in x[:, :-1].split(segment, dim=1)], dim=1)
+@needs_ttt
+def test_test_time_training_reads_logits() -> None:
+    """So that head and loss cannot be one, though the network would allow it."""
+    wrapper = made(XLAutoregressiveWrapper, network(), **TTT, fused=True)
+    for method in (wrapper, wrapper.loss_normalizer):
+        with pytest.raises(ValueError, match=r'^fused=True, but .*: test-time training reads logits$'):
+            method(ids())
+    assert made(XLAutoregressiveWrapper, network(), fused=True)(ids()).isfinite()
 
 
-def carried(net: nn.Module, x: Tensor, segment: int = S) -> Tensor:
-    """The same, with the memories of the pieces before, which no gradient flows into."""
-    mems, found = None, []
-    for piece in x[:, :-1].split(segment, dim=1):
-        logits, mems = net(piece, mems=mems, return_mems=True)
+def carried(net: nn.Module, x: Tensor, segment: int = S, *, forget: bool = False, **of_tokens: Any) -> Tensor:
+    """Logits of the pieces of a row, each read with what is of its tokens and the memories of those before.
+
+    No gradient flows into memories; with `forget` there are none.
+    """
+    mems, found, inputs = None, [], x.shape[1] - 1
+    for start in range(0, inputs, segment):
+        here = slice(start, min(start + segment, inputs))
+        arguments = tree_map(lambda t: t[:, here], of_tokens)  # noqa: B023
+        logits, mems = net(x[:, here], mems=None if forget else mems, return_mems=True, **arguments)
         found.append(logits)
     return torch.cat(found, dim=1)
 
@@ -196,7 +207,7 @@ def test_the_equation(
     net = network(max_seq_len=segment, mixture_of_softmax=log_prob, dtype=torch.float64, **EXACT)
     call = random_batch(seed, b, n, VOCAB, using)
     read = call['x'].masked_fill(call['x'] == -100, 0)
-    logits = (carried if memory else pieces)(net, read, segment)
+    logits = carried(net, read, segment, forget=not memory)
     want = expected(logits, weighting=weighting, normalizer=normalizer, log_probs=log_prob, **call)
 
     wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
@@ -308,12 +319,57 @@ def test_memories_and_their_masks_can_be_handed_in() -> None:
     torch.testing.assert_close(costs(**unmasked)[:3], told[:3], rtol=1e-5, atol=1e-6)  # the last row has padding after
 
 
+OF_TOKENS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    'embed_ids': ({'embed_num_tokens': {'kind': 3}}, {'embed_ids': {'kind': torch.arange(B * N).view(B, N) % 3}}),
+    'sum_embeds': ({}, {'sum_embeds': nn.Parameter(torch.arange(B * N * 16).sin().view(B, N, 16).double())}),
+    'condition': (
+        {'layers_use_adaptive_layernorm': True, 'layers_dim_condition': 5},
+        {'condition': nn.Parameter(torch.arange(B * N * 5).sin().view(B, N, 5).double())},
+    ),
+}
+
+
+@pytest.mark.parametrize('name', OF_TOKENS)
+def test_what_is_of_a_token_goes_where_its_segment_goes(name: str) -> None:
+    """Each segment reads the part of its own tokens, and a part that learns gets its gradient."""
+    options, call = OF_TOKENS[name]
+    net, x = network(dtype=torch.float64, **EXACT, **options), ids()
+    net.of_tokens = nn.ParameterDict({key: p for key, p in call.items() if isinstance(p, nn.Parameter)})
+    forget = name == 'condition'  # which x-transformers takes to be of the memories too
+    logits = carried(net, x, forget=forget, **call)
+    want = expected(logits, x, weighting='sequence')
+    wrapper = XLAutoregressiveWrapper(net, loss_weighting='sequence')
+    loss, parts = wrapper(x, **call, dropout_mems=forget, return_breakdown=True)
+    assert loss.item() == pytest.approx(want.loss, rel=1e-9)
+    torch.testing.assert_close(parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64), rtol=1e-9, atol=0)
+    reference = gradients(differentiable(logits, x, want), net)
+    assert name == 'embed_ids' or f'of_tokens.{name}' in reference
+    assert_same_gradients(gradients(loss, net), reference, 1e-9, floor=1e-6)
+
+
 def test_a_condition_of_rows_may_be_as_wide_as_they_are_long() -> None:
     """It is no condition of their tokens: each segment gets all of it."""
     net = network(layers_use_adaptive_layernorm=True, layers_dim_condition=N)
     condition = torch.randn(B, N)
     want = Upstream(net)(ids(), condition=condition)
     torch.testing.assert_close(XLAutoregressiveWrapper(net)(ids(), condition=condition), want)
+
+
+UNFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    'network': ({'mixture_of_softmax': True}, {}, 'mixture_of_softmax'),
+    'head': ({'to_logits': ScaledLinear(16, VOCAB)}, {}, 'ScaledLinear'),
+    'argument': ({}, {'to_logits_kwargs': {}}, 'to_logits_kwargs'),
+}
+
+
+@pytest.mark.parametrize('name', UNFUSED)
+def test_fused_says_why_it_cannot_be(name: str) -> None:
+    options, call, reason = UNFUSED[name]
+    net = network(**options)
+    with pytest.raises(ValueError, match=f'^fused=True, but head and loss cannot be one: .*{reason}'):
+        XLAutoregressiveWrapper(net, fused=True)(ids(), **call)
+    auto, never = (XLAutoregressiveWrapper(net, fused=fused)(ids(), **call) for fused in ('auto', False))
+    assert auto.item() == never.item()
 
 
 def test_log_probabilities_are_taken_as_they_are() -> None:
