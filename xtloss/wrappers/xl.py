@@ -138,7 +138,8 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             normalizer: a number > 0, or 0-dim tensor >= 0, in place of Z.
             return_breakdown: return a `LossBreakdown` last.
             **kwargs: the network's, as upstream. ``embed_ids``, ``sum_embeds`` and ``condition`` of each token are cut
-                with the segments; each segment gets all of the others.
+                with the segments; each segment gets all of the others. A ``condition`` of each token needs
+                ``dropout_mems``: x-transformers takes it to be of the memories too.
 
         Returns:
             ``loss`` or ``(loss, breakdown)``. Where nothing counts the loss is 0 and its gradients are zeros.
