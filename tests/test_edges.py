@@ -416,9 +416,6 @@ def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
     loss.backward()
     assert loss.item() == 0
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
-    for number in (0.0, -1.0, NAN, float('inf')):
-        with pytest.raises(ValueError, match='normalizer must be > 0 and finite'):
-            model(x, normalizer=number)
 
 
 @pytest.mark.parametrize('kind', [*WRAPPERS, 'continuous'])

@@ -203,21 +203,18 @@ def test_a_subclass_is_left_alone_and_reported() -> None:
         upgrade_(model['own'].trainer)
 
 
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({'fused': False}, ValueError, r'fused is no option of frames \(ContinuousAutoregressiveWrapper\): it has .*'),
-    ({'ignore_index': 0}, ValueError, r'ignore_index is no option of lm.trainer \(AutoregressiveWrapper\): it has .*'),
-    ({'loss_weighting': 'tokens'}, ValueError, 'loss_weighting must be one of .*'),
-    ({'loss_weighting': 1.5}, ValueError, 'loss_weighting must be in .*'),
-    ({'equal_loss_weight_batch': 1}, TypeError, 'equal_loss_weight_batch must be bool, got int'),
-    ({'equal_loss_weight_batch': True, 'loss_weighting': 'token'}, ValueError, 'equal_loss_weight_batch=True stands.*'),
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({'fused': False}, r'fused is no option of frames \(ContinuousAutoregressiveWrapper\): it has .*'),
+    ({'ignore_index': 0}, r'ignore_index is no option of lm.trainer \(AutoregressiveWrapper\): it has .*'),
+    ({'equal_loss_weight_batch': True, 'loss_weighting': 'token'}, 'equal_loss_weight_batch=True stands.*'),
 ]
 
 
-@pytest.mark.parametrize(('options', 'error', 'message'), REFUSED, ids=[str(options) for options, _, _ in REFUSED])
-def test_what_is_refused_changes_nothing(options: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(('options', 'message'), REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_what_is_refused_changes_nothing(options: dict[str, Any], message: str) -> None:
     model = nn.ModuleDict({'lm': Model(), 'frames': continuous()})
     before = [(type(m), dict(vars(m))) for m in model.modules()]
-    with pytest.raises(error, match=f'^{message}$'):
+    with pytest.raises(ValueError, match=f'^{message}$'):
         upgrade_(model, **options)
     assert [(type(m), dict(vars(m))) for m in model.modules()] == before
 
@@ -225,10 +222,6 @@ def test_what_is_refused_changes_nothing(options: dict[str, Any], error: type[Ex
 def test_nothing_to_upgrade() -> None:
     with pytest.raises(ValueError, match=r'^module must hold a wrapper of x-transformers, got Linear$'):
         upgrade_(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r'^module must be a torch.nn.Module, got dict$'):
-        upgrade_({'model': Model()})
-    with pytest.raises(ValueError, match='fused must be'):
-        upgrade_(Model(), fused='yes')
 
 
 def test_a_forward_of_its_own_would_go_on() -> None:
