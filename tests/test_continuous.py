@@ -433,13 +433,3 @@ def test_nothing_handed_in_is_changed() -> None:
     before = copy.deepcopy(call)
     ContinuousAutoregressiveWrapper(network())(**call).backward()
     assert all(torch.equal(value, before[name]) for name, value in call.items())
-
-
-def test_xtransformers_readme() -> None:
-    """The way x-transformers' README uses the wrapper, in small."""
-    net = ContinuousTransformerWrapper(
-        dim_in=7, dim_out=7, max_seq_len=24, attn_layers=Decoder(dim=16, depth=2, heads=2, verbose=False)
-    )
-    model = ContinuousAutoregressiveWrapper(net)
-    model(torch.randn(1, 24, 7), mask=torch.ones(1, 24).bool()).backward()
-    assert model.generate(torch.randn(1, 7), 5).shape == (5, 7)

@@ -448,15 +448,6 @@ def test_compiled() -> None:
     assert_same_gradients(gradients(got, wrapper), want_grads, 1e-6)
 
 
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_xtransformers_own_test(probabilistic: bool) -> None:
-    """What x-transformers runs to test its wrapper, in small."""
-    model = ContinuousAutoregressiveWrapper(network(probabilistic=probabilistic, layers_depth=2))
-    loss = model(torch.randn(1, 32, D), mask=torch.ones(1, 32).bool(), rollout_steps=4)
-    loss.backward()
-    assert model.generate(torch.randn(1, D), 17).shape == (17, D)
-
-
 def test_a_stub_of_fixed_answers_is_read_where_the_row_ends() -> None:
     out = torch.arange(8.0).reshape(1, 8, 1)
     x = torch.zeros(1, 9, 1)
