@@ -79,17 +79,6 @@ def test_the_flag_beside_another_weighting(other: str | float) -> None:
         AutoregressiveWrapper(decoder(), equal_loss_weight_batch=True, loss_weighting=other)
 
 
-@pytest.mark.parametrize('weighting', BY_HAND)
-def test_loss_weight_scales_its_own_token_and_nothing_else(weighting: str | float) -> None:
-    call = MASKED['lens']
-    plain, _ = shares(call, loss_weighting=weighting)
-    tokens = torch.tensor([[9.0, 2.0, 1.0, 0.0], [9.0, -3.0, 5.0, 5.0]])  # column 0 belongs to no target
-    rows = torch.tensor([2.0, -0.5])
-    for loss_weight, factor in ((tokens, tokens[:, 1:]), (rows, rows[:, None])):
-        for got in shares({**call, 'loss_weight': loss_weight}, loss_weighting=weighting):
-            torch.testing.assert_close(got, plain * factor, rtol=1e-9, atol=1e-12)
-
-
 @st.composite
 def cases(draw: Callable[..., Any]) -> dict[str, Any]:
     """A batch of any small shape under any masks, and a weighting."""
