@@ -143,13 +143,3 @@ def test_single_precision(name: str, weighting: str | float) -> None:
         got, grads = total(wrapper, *calls)
         assert got == pytest.approx(want, rel=tolerance)
         assert_same_gradients(grads, wanted, tolerance)
-
-
-def test_a_mean_of_means_would_not_pass() -> None:
-    """The normalizer is what keeps the promise: without it the same micro-batches give another loss."""
-    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, dtype=torch.float64, **EXACT))
-    parts = [padded(part, 9, 'lens') for part in (draw_sequences(1, 1), draw_sequences(2, 4))]
-    whole, _ = total(wrapper, padded(draw_sequences(1, 1) + draw_sequences(2, 4), 9, 'lens'))
-    means = sum(wrapper(**part).item() for part in parts) / 2
-    assert abs(means - whole) > 1e-3
-    assert total(wrapper, *parts)[0] == pytest.approx(whole, rel=1e-9)

@@ -99,13 +99,6 @@ def test_gradients_flow_through_packing():
     assert [sequence.grad.tolist() for sequence in sequences] == [[1, 1], [2, 2, 2], [3]]
 
 
-def test_device_is_kept(device):
-    sequences = [sequence.to(device) for sequence in random_sequences([2, 3])]
-    x, segment_ids = pack(sequences, max_len=4)
-    assert x.device == segment_ids.device == sequences[0].device
-    assert collate(sequences)['lens'].device == sequences[0].device
-
-
 @pytest.mark.parametrize(('pad_value', 'dtype'), [(0, torch.int64), (False, torch.bool), (0.0, torch.float32)])
 def test_no_sequences_give_no_rows(pad_value, dtype):
     x, segment_ids = pack([], max_len=8, pad_value=pad_value)
