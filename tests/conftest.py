@@ -2,8 +2,10 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -23,6 +25,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile('xtloss')
 
+
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / 'benchmarks')]  # as the examples find their parts
 
 # what a fault should be met in first, nearest to where it is
 NEAREST = [
@@ -58,6 +63,13 @@ def seed() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine in turn."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @cache

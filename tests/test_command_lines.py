@@ -9,31 +9,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_loss
+import bench_packing
+import five_layouts
 import pytest
+import train_continuous
+import train_copy
+import train_enwik8
+from command_line import UsageError, check_name, judge, one_line_errors, open_log, writable_folder
+from enwik8 import report
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / 'benchmarks')]
-
-import bench_loss  # noqa: E402
-import bench_packing  # noqa: E402
-import five_layouts  # noqa: E402
-import train_continuous  # noqa: E402
-import train_copy  # noqa: E402
-import train_enwik8  # noqa: E402
-from command_line import UsageError, check_name, judge, one_line_errors, open_log, writable_folder  # noqa: E402
-from enwik8 import report  # noqa: E402
-
 TINY = (
     '--data builtin --dim 32 --depth 1 --heads 2 --seq-len 32 --batch-size 4 --held-out 8 --generate-length 4'.split()
 )
 ROW = report.Row('2 to 7', 1, 2, 3.0, 3.0)
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Work in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures('folder')
 
 
 def refusal(capsys, main, *args) -> str:

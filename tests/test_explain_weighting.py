@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
+import explain_weighting
 import pytest
 import torch
 from rich.console import Console
@@ -14,17 +14,11 @@ from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper
 
-sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
-
-import explain_weighting
-
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Work in an empty folder, on a terminal of the usual width."""
-    monkeypatch.chdir(tmp_path)
+def terminal(folder, monkeypatch):
+    """One of the usual width."""
     monkeypatch.setenv('COLUMNS', '80')
-    return tmp_path
 
 
 def shares(name: str = 'weighting') -> list[dict[str, float]]:
