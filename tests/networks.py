@@ -107,6 +107,15 @@ def gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
 
 
+def value_and_gradients(wrapper: nn.Module, *calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """Of one call, or of several as micro-batches over their common normalizer."""
+    if len(calls) > 1:
+        z = sum(wrapper.loss_normalizer(**call) for call in calls)
+        calls = tuple(call | {'normalizer': z} for call in calls)
+    loss = sum(wrapper(**call) for call in calls)
+    return loss.item(), gradients(loss, wrapper)
+
+
 def assert_same_gradients(
     got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, floor: float = 0.0
 ) -> None:

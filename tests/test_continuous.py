@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients
+from networks import assert_same_gradients, gradients, value_and_gradients
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
 from x_transformers import ContinuousAutoregressiveWrapper as Upstream
@@ -228,17 +228,6 @@ def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: b
     absolute, relative = network(**options), network(**options, use_abs_pos_emb=False, layers_rotary_pos_emb=True)
     order = torch.tensor([2, 0, 1])
 
-    def run(net: nn.Module, *calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
-        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
-        total = sum(wrapper.loss_normalizer(**{k: v for k, v in call.items() if k != 'loss_weight'}) for call in calls)
-        net.zero_grad()
-        loss = 0.0
-        for call in calls:
-            part = wrapper(**call, normalizer=total)
-            part.backward()
-            loss += part.item()
-        return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
     right = {'x': x, 'lens': LENS, 'loss_mask': flags, 'loss_weight': shares}
     left = {'x': padded_left(x), 'loss_mask': padded_left(flags), 'loss_weight': padded_left(shares)}
     layouts = [
@@ -252,7 +241,8 @@ def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: b
         more = {k: F.pad(v, (0, 0, 0, 4) if v.ndim == 3 else (0, 4)) for k, v in right.items() if k != 'lens'}
         layouts.append((absolute, [more | {'lens': LENS}]))
     for net, calls in layouts:
-        (loss, grads), (want, want_grads) = run(net, *calls), run(net, right)
+        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
+        (loss, grads), (want, want_grads) = value_and_gradients(wrapper, *calls), value_and_gradients(wrapper, right)
         assert loss == pytest.approx(want, rel=1e-9)
         # keys shifted alike cancel in attention, so what is left of an absolute embedding's gradient may be rounding
         assert_same_gradients(grads, want_grads, 1e-9, floor=1e-3)

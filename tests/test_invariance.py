@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same_gradients, decoder, gradients
+from networks import assert_same_gradients, decoder, value_and_gradients
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, pack
@@ -73,16 +73,6 @@ def packed(sequences: list[Sequence], width: int) -> dict[str, Tensor]:
     return call | {'segment_ids': pack([s.x for s in sequences], width)[1]}
 
 
-def total(wrapper: AutoregressiveWrapper, *calls: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the calls together; with several, as micro-batches over their common normalizer."""
-    if len(calls) > 1:
-        z = sum(wrapper.loss_normalizer(**call) for call in calls)
-        loss = sum(wrapper(**call, normalizer=z) for call in calls)
-    else:
-        loss = wrapper(**calls[0])
-    return loss.item(), gradients(loss, wrapper)
-
-
 @pytest.mark.parametrize('fused', ['auto', False], ids=['auto', 'not fused'])
 @pytest.mark.parametrize('name', NETWORKS)
 @settings(max_examples=6)
@@ -121,9 +111,9 @@ def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count
         layouts['packed'] = [packed(shuffled, longest + choose.randrange(9))]
         layouts['packed micro-batches'] = [packed(part, longest + choose.randrange(9)) for part in parts]
 
-    want, wanted = total(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
+    want, wanted = value_and_gradients(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
     for layout, calls in layouts.items():
-        got, grads = total(wrapper, *calls)
+        got, grads = value_and_gradients(wrapper, *calls)
         assert got == pytest.approx(want, rel=1e-9, abs=1e-9), layout
         assert_same_gradients(grads, wanted, 1e-9, floor=1e-4)
 
@@ -134,12 +124,12 @@ def test_single_precision(name: str, weighting: str | float) -> None:
     options, left_by = NETWORKS[name]
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), loss_weighting=weighting)
     sequences = draw_sequences(11, 6)
-    want, wanted = total(wrapper, padded(sequences, 12, 'lens'))
+    want, wanted = value_and_gradients(wrapper, padded(sequences, 12, 'lens'))
     tolerance = 1e-4 if name == 'looped' else 1e-5
     for calls in (
         [padded(sequences, 12, left_by, left=True)],
         [padded(sequences[:2], 12, 'mask'), padded(sequences[2:], 12, left_by, left=True)],
     ):
-        got, grads = total(wrapper, *calls)
+        got, grads = value_and_gradients(wrapper, *calls)
         assert got == pytest.approx(want, rel=tolerance)
         assert_same_gradients(grads, wanted, tolerance)

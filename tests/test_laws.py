@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients
+from networks import assert_same_gradients, value_and_gradients
 from oracle import counted_targets
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -53,15 +53,6 @@ def counted(call: Call) -> Tensor:
     x = call['x'].long() if call['x'].ndim == 2 else torch.zeros(call['x'].shape[:2])
     table = counted_targets(x, **{name: call[name] for name in fuzz.COUNTING if name in call})
     return torch.tensor(table, dtype=torch.bool).reshape(x.shape[0], x.shape[1] - 1)
-
-
-def value_and_gradients(wrapper: nn.Module, *calls: Call) -> tuple[float, dict[str, Tensor]]:
-    """Of one call, or of several as micro-batches over their common normalizer."""
-    if len(calls) > 1:
-        zs = [wrapper.loss_normalizer(**{k: v for k, v in call.items() if k != 'loss_weight'}) for call in calls]
-        calls = tuple(call | {'normalizer': sum(zs)} for call in calls)
-    loss = sum(wrapper(**call) for call in calls)
-    return loss.item(), gradients(loss, wrapper)
 
 
 def assert_same(wrapper: nn.Module, *calls: Call, want: tuple[float, dict[str, Tensor]], times: float = 1) -> None:

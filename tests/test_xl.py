@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Unreachable, assert_same_gradients, decoder, gradients, random_batch
+from networks import Unreachable, assert_same_gradients, decoder, gradients, random_batch, value_and_gradients
 from oracle import differentiable, expected
 from torch import Tensor, nn
 from x_transformers import TransformerWrapper
@@ -328,19 +328,9 @@ def test_one_loss_however_it_is_batched(weighting: str | float) -> None:
     """Padding on the left must be whole segments: others would cut the row, and so its memories, elsewhere."""
     lens = torch.tensor([14, 7, 3, 9])
     net = network(dtype=torch.float64, layers_depth=2, **EXACT)
+    wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
     right = {'x': ids(), 'loss_mask': torch.rand(B, N) < 0.8, 'loss_weight': torch.randn(B, N, dtype=torch.float64)}
     real = {'lens': lens}
-
-    def run(*calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
-        wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
-        total = sum(wrapper.loss_normalizer(**call) for call in calls)
-        net.zero_grad()
-        loss = 0.0
-        for call in calls:
-            part = wrapper(**call, normalizer=total)
-            part.backward()
-            loss += part.item()
-        return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
     order = torch.tensor([2, 0, 3, 1])
     layouts = [
@@ -356,9 +346,9 @@ def test_one_loss_however_it_is_batched(weighting: str | float) -> None:
                 | {'mask': F.pad(torch.arange(N) < lens[:, None], (2 * S, 0))}
             ],
         ]
-    want, want_grads = run(right | real)
+    want, want_grads = value_and_gradients(wrapper, right | real)
     for calls in layouts:
-        loss, grads = run(*calls)
+        loss, grads = value_and_gradients(wrapper, *calls)
         assert loss == pytest.approx(want, rel=1e-9)
         assert_same_gradients(grads, want_grads, 1e-9, floor=1e-6)
 
