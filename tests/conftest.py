@@ -65,6 +65,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
+def fused(request: pytest.FixtureRequest) -> str | bool:
+    """Where head and loss may be one, and where they are not."""
+    return request.param
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder."""

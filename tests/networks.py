@@ -8,6 +8,20 @@ import torch
 from torch import Tensor, nn
 from x_transformers import Decoder, TransformerWrapper
 
+WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
+EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
+ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
+NETWORKS: dict[str, dict[str, Any]] = {  # each kind of positions, heads and attention
+    'absolute': {'layers_depth': 2},
+    'rotary': ROTARY,
+    'tied': ROTARY | {'tie_embedding': True},
+    'flash': ROTARY | {'layers_attn_flash': True},
+    'alibi': {'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False},
+    'mixture of softmax': ROTARY | {'mixture_of_softmax': True},
+    'continuous head': ROTARY | {'add_continuous_pred_head': True},
+    'looped': ROTARY | {'looped': True, 'layers_pre_and_post_norm': True},
+}
+
 
 def decoder(
     *, num_tokens: int = 11, dim: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any

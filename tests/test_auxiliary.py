@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from networks import decoder, random_batch
+from networks import WEIGHTINGS, decoder, random_batch
 from oracle import auxiliary, expected, looped_token_loss
 
 from xtloss import AutoregressiveWrapper
-
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 
 
 @pytest.mark.parametrize('weighting', WEIGHTINGS)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients, value_and_gradients
+from networks import EXACT, WEIGHTINGS, assert_same_gradients, gradients, value_and_gradients
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
 from x_transformers import ContinuousAutoregressiveWrapper as Upstream
@@ -18,13 +18,11 @@ from xtloss import ContinuousAutoregressiveWrapper
 
 B, N, D = 3, 8, 5
 NAN = float('nan')
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 KINDS: dict[str, dict[str, Any]] = {
     'squared': {},
     'absolute': {'use_l1_loss': True},
     'gaussian': {},
 }
-EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 LENS = torch.tensor([8, 3, 5])
 REAL = torch.arange(N) < LENS[:, None]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same_gradients, decoder, gradients
+from networks import ROTARY, assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,7 +19,6 @@ NAN = float('nan')
 LENS = torch.tensor([9, 4, 6])
 I = torch.arange(N)
 RIGHT, LEFT = LENS[:, None] > I, N - LENS[:, None] <= I
-ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
 WRAPPERS = {'plain': AutoregressiveWrapper, 'xl': XLAutoregressiveWrapper}
 
 

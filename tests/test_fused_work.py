@@ -12,14 +12,12 @@ import x_transformers
 from fused_problem import NAMES, Operations, assert_near, oracle, problem
 from hypothesis import example, given
 from hypothesis import strategies as st
-from networks import decoder, gradients
+from networks import WEIGHTINGS, decoder, gradients
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtloss import AutoregressiveWrapper
 from xtloss.losses.linear_cross_entropy import default_chunk_size
-
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 
 
 @pytest.mark.parametrize('needed', list(itertools.product([True, False], repeat=3)))

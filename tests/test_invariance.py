@@ -1,31 +1,18 @@
 """One loss, however the sequences are batched: padded on either side, in any order, in micro-batches, packed."""
 
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same_gradients, decoder, value_and_gradients
+from networks import EXACT, NETWORKS, WEIGHTINGS, assert_same_gradients, decoder, value_and_gradients
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, pack
 
 VOCAB = 11
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
-EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
-ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
-NETWORKS: dict[str, tuple[dict[str, Any], str]] = {  # options, and what pads it on the left
-    'absolute': ({'layers_depth': 2}, 'seq_start_pos'),
-    'rotary': (ROTARY, 'mask'),
-    'tied': (ROTARY | {'tie_embedding': True}, 'mask'),
-    'flash': (ROTARY | {'layers_attn_flash': True}, 'mask'),
-    'alibi': ({'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False}, 'mask'),
-    'mixture of softmax': (ROTARY | {'mixture_of_softmax': True}, 'mask'),
-    'continuous head': (ROTARY | {'add_continuous_pred_head': True}, 'mask'),
-    'looped': (ROTARY | {'looped': True, 'layers_pre_and_post_norm': True}, 'mask'),
-}
 
 
 class Sequence(NamedTuple):
@@ -82,7 +69,7 @@ def packed(sequences: list[Sequence], width: int) -> dict[str, Tensor]:
     weighting=st.one_of(st.sampled_from(WEIGHTINGS), st.floats(0, 1)),
 )
 def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count: int, weighting: str | float) -> None:
-    options, left_by = NETWORKS[name]
+    options, left_by = NETWORKS[name], 'seq_start_pos' if name == 'absolute' else 'mask'
     wrapper = AutoregressiveWrapper(
         decoder(num_tokens=VOCAB, dtype=torch.float64, **EXACT, **options), loss_weighting=weighting, fused=fused
     )
@@ -121,7 +108,7 @@ def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 @pytest.mark.parametrize('name', ['absolute', 'rotary', 'looped'])
 def test_single_precision(name: str, weighting: str | float) -> None:
-    options, left_by = NETWORKS[name]
+    options, left_by = NETWORKS[name], 'seq_start_pos' if name == 'absolute' else 'mask'
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), loss_weighting=weighting)
     sequences = draw_sequences(11, 6)
     want, wanted = value_and_gradients(wrapper, padded(sequences, 12, 'lens'))

@@ -122,11 +122,6 @@ def build(name: str, wrapper: type[nn.Module], **extra: Any) -> tuple[nn.Module,
     return wrapper(decoder(**network), **options, **extra), {'x': X} | call
 
 
-@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
-def fused(request: pytest.FixtureRequest) -> str | bool:
-    return request.param
-
-
 @pytest.mark.parametrize('name', GRID)
 def test_loss_and_gradients(name: str, fused: str | bool) -> None:
     torch.manual_seed(3)

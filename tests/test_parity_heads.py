@@ -18,11 +18,6 @@ X = torch.arange(36).reshape(3, 12) * 7 % VOCAB
 LENS = torch.tensor([12, 7, 1])
 
 
-@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
-def fused(request: pytest.FixtureRequest) -> str | bool:
-    return request.param
-
-
 CHANGES: dict[str, Callable[[TransformerWrapper], object]] = {
     'frozen head': lambda net: net.to_logits.requires_grad_(False),
     'frozen trunk': lambda net: [p.requires_grad_(p is net.to_logits.weight) for p in net.parameters()],

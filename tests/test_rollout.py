@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients
+from networks import EXACT, WEIGHTINGS, assert_same_gradients, gradients
 from oracle_rollout import expected_rollout, rolled_out
-from test_continuous import EXACT, KINDS, WEIGHTINGS, Stub, Unreachable, cosine, network, smooth
+from test_continuous import KINDS, Stub, Unreachable, cosine, network, smooth
 from torch import Tensor, nn
 
 from xtloss import ContinuousAutoregressiveWrapper

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same_gradients, decoder, gradients
+from networks import NETWORKS, ROTARY, WEIGHTINGS, assert_same_gradients, decoder, gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,18 +20,7 @@ HOLES = INSIDE & ~((I == 4)[None] & (torch.arange(B) % 2 == 0)[:, None])  # row 
 FROM_LEFT = (ENDS - STARTS)[:, None] > I
 
 EXACT = {'layers_attn_qk_norm': True, 'dtype': torch.float64}
-ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
-NETWORKS: dict[str, dict[str, Any]] = {
-    'absolute': {'layers_depth': 2},
-    'rotary': ROTARY,
-    'tied': {**ROTARY, 'tie_embedding': True},
-    'flash': {**ROTARY, 'layers_attn_flash': True},
-    'alibi': {'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False},
-    'mixture of softmax': {**ROTARY, 'mixture_of_softmax': True},
-    'continuous head': {**ROTARY, 'add_continuous_pred_head': True},
-    'looped': {**ROTARY, 'looped': True, 'layers_pre_and_post_norm': True},
-    'recycling': {**ROTARY, 'recycling': True},
-}
+UNPADDED = NETWORKS | {'recycling': ROTARY | {'recycling': True}}
 PADDINGS: dict[str, tuple[Tensor, dict[str, Tensor]]] = {  # what is real, and how it is told
     'right, by lens': (FROM_LEFT, {'lens': ENDS - STARTS}),
     'right, by mask': (FROM_LEFT, {'mask': FROM_LEFT}),
@@ -87,7 +76,7 @@ def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 @pytest.mark.usefixtures('packs')
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 @pytest.mark.parametrize('padding', PADDINGS)
 @pytest.mark.parametrize('network', ['absolute', 'flash'])
 def test_the_loss_of_the_rows_alone(network: str, padding: str, weighting: str | float) -> None:
@@ -106,10 +95,10 @@ def test_the_loss_of_the_rows_alone(network: str, padding: str, weighting: str |
 
 @pytest.mark.usefixtures('packs')
 @pytest.mark.parametrize('fused', ['auto', False])
-@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('network', UNPADDED)
 def test_every_network_and_all_that_is_returned(network: str, fused: bool | str) -> None:
     net, x, (real, told) = (
-        decoder(num_tokens=VOCAB, **EXACT, **NETWORKS[network]),
+        decoder(num_tokens=VOCAB, **EXACT, **UNPADDED[network]),
         ids(),
         PADDINGS['both sides, by mask'],
     )

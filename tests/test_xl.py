@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Unreachable, assert_same_gradients, decoder, gradients, random_batch, value_and_gradients
+from networks import (
+    EXACT,
+    WEIGHTINGS,
+    Unreachable,
+    assert_same_gradients,
+    decoder,
+    gradients,
+    random_batch,
+    value_and_gradients,
+)
 from oracle import differentiable, expected
 from torch import Tensor, nn
 from x_transformers import TransformerWrapper
@@ -21,8 +30,6 @@ from x_transformers.attend import Attend
 from xtloss import XLAutoregressiveWrapper
 
 B, N, S, VOCAB = 4, 14, 5, 11  # segments of 5, 5 and 3 inputs
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
-EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 OF_UPSTREAM = inspect.signature(Upstream).parameters
 TRAINS = 'ttt_module_paths' in OF_UPSTREAM  # from 2.21 on
 RELEASE = tuple(map(int, version('x-transformers').split('.')[:2]))
