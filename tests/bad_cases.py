@@ -30,7 +30,7 @@ FRAMES, EMBEDS = torch.ones(B, N, D), torch.ones(B, 5, 16)
 def network() -> nn.Module:
     """One that any wrapper takes, and that must not run."""
     net = Unreachable()
-    net.emb_dim, net.probabilistic, net.attn_layers = 16, False, LAYERS
+    net.emb_dim, net.attn_layers = 16, LAYERS
     return net
 
 

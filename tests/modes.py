@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 import x_transformers
-from networks import decoder
-from test_continuous import network as continuous_network
+from networks import continuous_network, decoder
 from torch import Tensor, nn
 
 import xtloss

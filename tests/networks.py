@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from x_transformers import Decoder, TransformerWrapper
+from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
@@ -23,6 +23,13 @@ NETWORKS: dict[str, dict[str, Any]] = {  # each kind of positions, heads and att
 }
 
 
+def of_layers(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the layers, whose names begin so, and those of the network."""
+    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
+    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
+    return layers, {'max_seq_len': 32} | {k: v for k, v in options.items() if not k.startswith('layers_')}
+
+
 def decoder(
     *, num_tokens: int = 11, dim: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
 ) -> TransformerWrapper:
@@ -31,15 +38,30 @@ def decoder(
     The same arguments give the same parameters, so that two wrappers can each have a network of their own: a copied
     network with tied embeddings would read the weights of the original.
     """
-    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
-    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
-    options = {'max_seq_len': 32} | {k: v for k, v in options.items() if not k.startswith('layers_')}
+    layers, options = of_layers(options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = TransformerWrapper(num_tokens=num_tokens, attn_layers=Decoder(dim=dim, **layers), **options)
         for p in net.parameters():  # x-transformers starts some parameters at zero, where a gradient could hide
             nn.init.normal_(p, std=0.1) if not p.any() else None
     return net.to(dtype)
+
+
+def continuous_network(
+    *, features: int = 5, dtype: torch.dtype = torch.float32, **options: Any
+) -> ContinuousTransformerWrapper:
+    """A network of frames, of one layer; the same arguments give the same parameters. `options` as for `decoder`."""
+    layers, options = of_layers(options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = Decoder(dim=16, **layers)
+        return ContinuousTransformerWrapper(dim_in=features, dim_out=features, attn_layers=layers, **options).to(dtype)
+
+
+def frames(b: int = 3, n: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A batch for it, (b, n, d)."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(b, n, 5, generator=draw, dtype=torch.float64).to(dtype)
 
 
 class ScaledLinear(nn.Linear):
@@ -56,6 +78,7 @@ class Stub(nn.Module):
     add_continuous_pred_head = False
     looped = False
     can_cache_kv = False
+    probabilistic = False
 
     def __init__(self, logits: Tensor, *, output_is_log_prob: bool = False) -> None:
         """`logits` is what `forward` returns, (b, n, v)."""

@@ -3,16 +3,17 @@
 import copy
 from typing import Any
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import EXACT, WEIGHTINGS, assert_same_gradients, gradients, value_and_gradients
+from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, frames, gradients, value_and_gradients
+from networks import continuous_network as network
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
 from x_transformers import ContinuousAutoregressiveWrapper as Upstream
-from x_transformers import ContinuousTransformerWrapper, Decoder
 
 from xtloss import ContinuousAutoregressiveWrapper
 
@@ -27,50 +28,15 @@ LENS = torch.tensor([8, 3, 5])
 REAL = torch.arange(N) < LENS[:, None]
 
 
-def network(*, probabilistic: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A network of one layer; the same arguments give the same parameters. `layers_` options go to the decoder."""
-    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
-    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
-    options = {k: v for k, v in options.items() if not k.startswith('layers_')}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ContinuousTransformerWrapper(
-            dim_in=D,
-            dim_out=D,
-            max_seq_len=32,
-            probabilistic=probabilistic,
-            attn_layers=Decoder(dim=16, **layers),
-            **options,
-        ).to(dtype)
-
-
-def frames(b: int = B, n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(b, n, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-class Stub(nn.Module):
-    """A network whose answer is the tensor it was given. It keeps what it was called with."""
-
-    max_seq_len, can_cache_kv = 64, False
+class Stub(networks.Stub):
+    """Its answer is the tensor alone, (b, n, d), or of mean and variance, (2, b, n, d)."""
 
     def __init__(self, out: Tensor) -> None:
-        super().__init__()
-        self.out, self.probabilistic = out, out.ndim == 4
-        self.seen: list[tuple[Tensor, dict[str, Any]]] = []
+        super().__init__(out)
+        self.probabilistic = out.ndim == 4
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        self.seen.append((x, kwargs))
-        return self.out
-
-
-class Unreachable(Stub):
-    """A network that must not run."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.zeros(1, 1, 1))
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        raise AssertionError('the network ran')
+        return super().forward(x, **kwargs)[0]
 
 
 def smooth(pred: Tensor, target: Tensor) -> Tensor:

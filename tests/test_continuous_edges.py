@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same_gradients, gradients
-from test_continuous import LENS, REAL, B, N, Unreachable, frames, network, padded_left
+from networks import Unreachable, assert_same_gradients, frames, gradients
+from networks import continuous_network as network
+from test_continuous import LENS, REAL, B, N, padded_left
 from torch import Tensor, nn
 
 from xtloss import ContinuousAutoregressiveWrapper

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import ROTARY, assert_same_gradients, decoder, gradients
+from networks import ROTARY, assert_same_gradients, continuous_network, decoder, frames, gradients
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -312,14 +312,11 @@ REMEMBERING = {
 @pytest.mark.parametrize('network', REMEMBERING)
 @pytest.mark.parametrize('kind', ['plain', 'continuous'])
 def test_memories_beside_masks(kind: str, network: str, padding: str, hidden: bool) -> None:
-    from test_continuous import frames
-    from test_continuous import network as of_frames
-
     (real, call), tokens = BESIDE_MEMORIES[padding], REMEMBERING[network].get('num_memory_tokens', 0)
     if kind == 'plain':
         model, x = wrapped(kind, torch.float64, max_mem_len=8, **REMEMBERING[network]), ids()
     else:
-        net = of_frames(dtype=torch.float64, max_mem_len=8, **REMEMBERING[network])
+        net = continuous_network(dtype=torch.float64, max_mem_len=8, **REMEMBERING[network])
         model, x = ContinuousAutoregressiveWrapper(net), frames(n=N, dtype=torch.float64)
     if 'self_attn_kv_mask' in call:
         keys = 3 + tokens + N - (kind == 'continuous')
@@ -391,9 +388,7 @@ def test_a_copied_bare_network_is_warned_of_once() -> None:
 
 
 def continuous() -> tuple[Any, Tensor]:
-    from test_continuous import frames, network
-
-    return ContinuousAutoregressiveWrapper(network()), frames()
+    return ContinuousAutoregressiveWrapper(continuous_network()), frames()
 
 
 BROKEN = {
@@ -407,7 +402,11 @@ BROKEN = {
 @pytest.mark.parametrize('broken', BROKEN)
 @pytest.mark.parametrize('kind', [*WRAPPERS, 'continuous'])
 def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
-    model, x = continuous() if kind == 'continuous' else (wrapped(kind), ids())
+    model, x = (
+        (ContinuousAutoregressiveWrapper(continuous_network()), frames())
+        if kind == 'continuous'
+        else (wrapped(kind), ids())
+    )
     nothing = torch.zeros(x.shape[:2]).bool()
     for call in ({}, {'loss_mask': nothing}):
         loss = model(x, normalizer=BROKEN[broken], **call)
@@ -423,7 +422,11 @@ def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
 
 @pytest.mark.parametrize('kind', [*WRAPPERS, 'continuous'])
 def test_a_normalizer_that_only_float64_tells_from_zero(kind: str) -> None:
-    model, x = continuous() if kind == 'continuous' else (wrapped(kind), ids())
+    model, x = (
+        (ContinuousAutoregressiveWrapper(continuous_network()), frames())
+        if kind == 'continuous'
+        else (wrapped(kind), ids())
+    )
     loss = model(x, normalizer=torch.tensor(1e-60, dtype=torch.float64))
     assert loss.item() > 1e37  # float32 has little more
     loss.backward()

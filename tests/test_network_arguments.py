@@ -7,29 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from networks import decoder
+from networks import continuous_network, decoder, frames
 from torch import Tensor, nn
-from x_transformers import ContinuousTransformerWrapper, Decoder
 
 from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
 
 B, N, P, D = 3, 9, 2, 16
 INTEGERS = [getattr(torch, f'{u}int{size}') for u in ('', 'u') for size in (8, 16, 32, 64)]
 X = torch.randint(1, 11, (B, N), generator=torch.Generator().manual_seed(0))
-FRAMES = torch.randn(B, N, 3, generator=torch.Generator().manual_seed(0))
 REAL = torch.ones(B, N, dtype=torch.bool)
-
-
-def frames_wrapper() -> ContinuousAutoregressiveWrapper:
-    torch.manual_seed(0)
-    layers = Decoder(dim=D, depth=1, heads=2, attn_dim_head=8)
-    net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=N, attn_layers=layers)
-    return ContinuousAutoregressiveWrapper(net)
 
 
 def wrapped(kind: str, **options: Any) -> tuple[nn.Module, Tensor]:
     if kind == 'continuous':
-        return frames_wrapper(), FRAMES
+        return ContinuousAutoregressiveWrapper(continuous_network()), frames(B, N)
     ours = AutoregressiveWrapper if kind == 'ar' else XLAutoregressiveWrapper
     return ours(decoder(num_tokens=11, **options)), X
 

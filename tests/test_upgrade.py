@@ -8,15 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import x_transformers
-from networks import assert_same_gradients, decoder, gradients
+from networks import assert_same_gradients, continuous_network, decoder, gradients
 from oracle import expected
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from x_transformers import (
-    ContinuousTransformerWrapper,
-    Decoder,
-    XTransformer,
-)
+from x_transformers import XTransformer
 from x_transformers.gpt_vae import GPTVAE
 
 import xtloss
@@ -40,9 +36,7 @@ def xtransformer(**options: Any) -> XTransformer:
 
 
 def continuous(**options: Any) -> nn.Module:
-    layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
-    net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=16, attn_layers=layers)
-    return x_transformers.ContinuousAutoregressiveWrapper(net, **options)
+    return x_transformers.ContinuousAutoregressiveWrapper(continuous_network(), **options)
 
 
 class Model(nn.Module):
