@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 import x_transformers
 
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it brings
@@ -76,6 +78,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
@@ -65,7 +66,7 @@ def frames(b: int = 3, n: int = 8, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 class ScaledLinear(nn.Linear):
-    """A head that is a linear layer by name only, as LoRA layers are."""
+    """A linear layer by name only, as LoRA layers are."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 1.5
@@ -104,6 +105,20 @@ class Unreachable(Stub):
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, SimpleNamespace]:
         """Never."""
         raise AssertionError('the network ran')
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts the tensors whose values are read, which a GPU would have to wait for."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at every operation."""
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
 
 
 class Batch(dict[str, Any]):

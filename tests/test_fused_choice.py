@@ -2,15 +2,12 @@
 
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import x_transformers
 from networks import ScaledLinear, Stub, assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
@@ -332,15 +329,6 @@ def test_a_head_that_is_bound_to_the_copy_is_tied_to_it(fusings: list[tuple[Any,
         AutoregressiveWrapper(clone, fused=False)(X).item(), rel=1e-6
     )
     assert len(fusings) == 1
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('tied', [False, True])

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, ROTARY, WEIGHTINGS, assert_same_gradients, decoder, gradients
+from networks import NETWORKS, ROTARY, WEIGHTINGS, HostCopies, assert_same_gradients, decoder, gradients
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtloss import AutoregressiveWrapper
 
@@ -238,18 +237,6 @@ def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
     assert_same_gradients(grads, gradients(wrapper(ids(), lens=ENDS), wrapper), 1e-5, floor=1e-3)
     meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, layers_depth=2), unpad=True).to('meta')
     assert meta(ids().to('meta'), lens=ENDS.to('meta')).shape == ()
-
-
-class HostCopies(TorchDispatchMode):
-    """Counts the tensors whose values are read, which a GPU would have to wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 def test_how_often_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

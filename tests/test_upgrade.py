@@ -257,17 +257,14 @@ def test_a_compiled_model_compiles_anew(how: str) -> None:
     torch._dynamo.reset()
 
 
-def test_inside_distributed_data_parallel(tmp_path: Any) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)))
-        model(ids()).backward()
-        upgrade_(model, equal_loss_weight_batch=True)
-        model.zero_grad()
-        loss = model(ragged(), normalizer=torch.tensor(2.0))
-        loss.backward()
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures('process_group')
+def test_inside_distributed_data_parallel() -> None:
+    model = DistributedDataParallel(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)))
+    model(ids()).backward()
+    upgrade_(model, equal_loss_weight_batch=True)
+    model.zero_grad()
+    loss = model(ragged(), normalizer=torch.tensor(2.0))
+    loss.backward()
     alone = xtloss.AutoregressiveWrapper(decoder(num_tokens=VOCAB), equal_loss_weight_batch=True)
     want = alone(ragged(), normalizer=2.0)
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
@@ -275,23 +272,20 @@ def test_inside_distributed_data_parallel(tmp_path: Any) -> None:
     assert_same_gradients(got, gradients(want, alone), 1e-5)
 
 
-def test_what_is_sharded_is_a_subclass(tmp_path: Any) -> None:
+@pytest.mark.usefixtures('process_group')
+def test_what_is_sharded_is_a_subclass() -> None:
     """FSDP2 gives what it shards a class of its own."""
     fsdp = pytest.importorskip('torch.distributed.fsdp')
     if not hasattr(fsdp, 'fully_shard'):
         pytest.skip('this torch has no fully_shard')
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh('cpu', (1,))
-        wrapper = x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB))
-        fsdp.fully_shard(wrapper, mesh=mesh)
-        with pytest.raises(ValueError, match=r'subclasses are left alone: the module itself \(FSDP'):
-            upgrade_(wrapper)
-        upgraded = upgrade_(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)), loss_weighting='square')
-        fsdp.fully_shard(upgraded, mesh=mesh)
-        assert isinstance(upgraded, xtloss.AutoregressiveWrapper)
-    finally:
-        dist.destroy_process_group()
+    mesh = dist.init_device_mesh('cpu', (1,))
+    wrapper = x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB))
+    fsdp.fully_shard(wrapper, mesh=mesh)
+    with pytest.raises(ValueError, match=r'subclasses are left alone: the module itself \(FSDP'):
+        upgrade_(wrapper)
+    upgraded = upgrade_(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)), loss_weighting='square')
+    fsdp.fully_shard(upgraded, mesh=mesh)
+    assert isinstance(upgraded, xtloss.AutoregressiveWrapper)
 
 
 def test_xtransformers_readme() -> None:
