@@ -30,7 +30,7 @@ FRAMES, EMBEDS = torch.ones(B, N, D), torch.ones(B, 5, 16)
 def network() -> nn.Module:
     """One that any wrapper takes, and that must not run."""
     net = Unreachable()
-    net.emb_dim, net.probabilistic, net.attn_layers = 16, False, LAYERS
+    net.emb_dim, net.attn_layers = 16, LAYERS
     return net
 
 
@@ -126,7 +126,13 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
             'loss_fn': of_type('callable', *[value for value in NOTHING_LIKE_IT if not callable(value)], 3, True),
         },
         {'x': FRAMES_OF_X, **COUNTING, 'rollout_steps': wrong.COUNT},
-        {'seq_start_pos': STARTS, **REFUSED, **ATTN_MASK, **MEMORIES},
+        {
+            'seq_start_pos': STARTS,
+            **REFUSED,
+            'self_attn_kv_mask': tensors(FLAGS[:, 1:], 'bool', '(4, 7)', (B, N), *OF_TOKENS[1:]),
+            **ATTN_MASK,
+            **MEMORIES,
+        },
     ),
     (
         XLAutoregressiveWrapper,
@@ -139,7 +145,13 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
             'dropout_mems': wrong.FLAG,
             'ttt_recurrent_steps': wrong.COUNT,
         },
-        {'mem_masks': MEMORIES['mem_masks'], 'seq_start_pos': [*STARTS, refused(ROWS)], **REFUSED, **ATTN_MASK},
+        {
+            'mem_masks': MEMORIES['mem_masks'],
+            'seq_start_pos': [*STARTS, refused(ROWS)],
+            **REFUSED,
+            'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, 1 or more)', *OF_TOKENS[2:]),
+            **ATTN_MASK,
+        },
     ),
 ]
 
@@ -173,10 +185,11 @@ def cases() -> dict[str, Case]:
         found[f'{name}.forward'] = Case(forward(ours), {'x': x}, rows, ours.forward)
         # it takes what forward takes, and raises what forward raises
         found[f'{name}.loss_normalizer'] = Case(loss_normalizer(ours), {'x': x}, rows, ours.loss_normalizer)
+    misspelt = Wrong({'maskk': 1}, TypeError, "segment_leak() got an unexpected keyword argument 'maskk', is it mask?")
     found['segment_leak'] = Case(
         lambda network_kwargs=None, **call: segment_leak(**call, **(network_kwargs or {})),
         {'net': decoder()},
-        {'net': wrong.MODULE, 'network_kwargs': unknown('segment_leak()')},
+        {'net': wrong.MODULE, 'network_kwargs': [*unknown('segment_leak()'), misspelt]},
         segment_leak,
     )
     no_option = [Wrong(1, ValueError, '{} is no option of the module itself (AutoregressiveWrapper)')]

@@ -2,13 +2,17 @@
 
 import os
 import random
+import sys
+import warnings
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 import x_transformers
 
 torch.set_num_threads(1)  # the tensors here are tiny: a second thread costs more than it brings
@@ -23,6 +27,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile('xtloss')
 
+
+EXAMPLES = Path(__file__).parents[1] / 'examples'
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / 'benchmarks')]  # as the examples find their parts
 
 # what a fault should be met in first, nearest to where it is
 NEAREST = [
@@ -58,6 +65,29 @@ def seed() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine in turn."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
+def fused(request: pytest.FixtureRequest) -> str | bool:
+    """Where head and loss may be one, and where they are not."""
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @cache

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from fuzz_calls import DTYPE, SEGMENT, WIDTH, Call, D, V, random_call, refused
-from networks import assert_same_gradients, decoder, gradients
+from networks import assert_same_gradients, continuous_network, decoder, gradients
 from oracle import Expected, differentiable, expected
 from oracle_continuous import differentiable_frames, expected_frames
 from oracle_rollout import expected_rollout, rolled_out
 from torch import Tensor, nn
-from x_transformers import ContinuousTransformerWrapper, Decoder
 
 from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
 
@@ -28,11 +27,7 @@ COUNTING = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
 @cache
 def network(kind: str) -> nn.Module:
     if kind == 'continuous':
-        layers = Decoder(dim=WIDTH, depth=1, heads=2, attn_dim_head=8, attn_flash=True, verbose=False)
-        torch.manual_seed(0)
-        return ContinuousTransformerWrapper(
-            dim_in=D, dim_out=D, max_seq_len=32, use_abs_pos_emb=False, attn_layers=layers
-        ).to(DTYPE)
+        return continuous_network(features=D, use_abs_pos_emb=False, layers_attn_flash=True, dtype=DTYPE)
     short = {'max_seq_len': SEGMENT, 'max_mem_len': 32} if kind == 'xl' else {}
     return decoder(num_tokens=V, use_abs_pos_emb=False, layers_attn_flash=True, dtype=DTYPE, **short)
 

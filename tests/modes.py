@@ -6,8 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import x_transformers
-from networks import decoder
-from test_continuous import network as continuous_network
+from networks import continuous_network, decoder
 from test_xl import carried
 from torch import Tensor, nn
 

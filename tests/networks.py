@@ -6,9 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from x_transformers import Decoder, TransformerWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
+from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
 from xtloss.packing.segments import check_segments, segment_arguments
+
+WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
+EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
+ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
+NETWORKS: dict[str, dict[str, Any]] = {  # each kind of positions, heads and attention
+    'absolute': {'layers_depth': 2},
+    'rotary': ROTARY,
+    'tied': ROTARY | {'tie_embedding': True},
+    'flash': ROTARY | {'layers_attn_flash': True},
+    'alibi': {'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False},
+    'mixture of softmax': ROTARY | {'mixture_of_softmax': True},
+    'continuous head': ROTARY | {'add_continuous_pred_head': True},
+    'looped': ROTARY | {'looped': True, 'layers_pre_and_post_norm': True},
+}
+
+
+def of_layers(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the layers, whose names begin so, and those of the network."""
+    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
+    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
+    return layers, {'max_seq_len': 32} | {k: v for k, v in options.items() if not k.startswith('layers_')}
 
 
 def decoder(
@@ -19,9 +41,7 @@ def decoder(
     The same arguments give the same parameters, so that two wrappers can each have a network of their own: a copied
     network with tied embeddings would read the weights of the original.
     """
-    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
-    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
-    options = {'max_seq_len': 32} | {k: v for k, v in options.items() if not k.startswith('layers_')}
+    layers, options = of_layers(options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = TransformerWrapper(num_tokens=num_tokens, attn_layers=Decoder(dim=dim, **layers), **options)
@@ -38,8 +58,25 @@ def judged_arguments(
     return segment_arguments(net, segment_ids, arguments)
 
 
+def continuous_network(
+    *, features: int = 5, dtype: torch.dtype = torch.float32, **options: Any
+) -> ContinuousTransformerWrapper:
+    """A network of frames, of one layer; the same arguments give the same parameters. `options` as for `decoder`."""
+    layers, options = of_layers(options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = Decoder(dim=16, **layers)
+        return ContinuousTransformerWrapper(dim_in=features, dim_out=features, attn_layers=layers, **options).to(dtype)
+
+
+def frames(b: int = 3, n: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A batch for it, (b, n, d)."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(b, n, 5, generator=draw, dtype=torch.float64).to(dtype)
+
+
 class ScaledLinear(nn.Linear):
-    """A head that is a linear layer by name only, as LoRA layers are."""
+    """A linear layer by name only, as LoRA layers are."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 1.5
@@ -52,6 +89,7 @@ class Stub(nn.Module):
     add_continuous_pred_head = False
     looped = False
     can_cache_kv = False
+    probabilistic = False
 
     def __init__(self, logits: Tensor, *, output_is_log_prob: bool = False) -> None:
         """`logits` is what `forward` returns, (b, n, v)."""
@@ -77,6 +115,20 @@ class Unreachable(Stub):
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, SimpleNamespace]:
         """Never."""
         raise AssertionError('the network ran')
+
+
+class HostCopies(TorchDispatchMode):
+    """Counts the tensors whose values are read, which a GPU would have to wait for."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at every operation."""
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
 
 
 class Batch(dict[str, Any]):
@@ -115,6 +167,15 @@ def gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def value_and_gradients(wrapper: nn.Module, *calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+    """Of one call, or of several as micro-batches over their common normalizer."""
+    if len(calls) > 1:
+        z = sum(wrapper.loss_normalizer(**call) for call in calls)
+        calls = tuple(call | {'normalizer': z} for call in calls)
+    loss = sum(wrapper(**call) for call in calls)
+    return loss.item(), gradients(loss, wrapper)
 
 
 def assert_same_gradients(

@@ -311,12 +311,12 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     'batch norm': ('By', head(lambda m: nn.Sequential(By(lambda x: x - x.mean(dim=0)), m))),
     'by the width': ('By', head(lambda m: nn.Sequential(By(lambda x: x / x.shape[1]), m))),
     'by the place': ('By', head(lambda m: nn.Sequential(By(lambda x: x + torch.arange(x.shape[1])[:, None].sin()), m))),
-    'in training': ('BatchNorm', head(lambda m: nn.Sequential(By(lambda x: x), Norm(), m))),
+    'in training': ('Norm', head(lambda m: nn.Sequential(By(lambda x: x), Norm(), m))),
     'gate': ('to_logits Gated', head(Gated)),
     'dynamic int8': ('Dynamic', lambda net: linears(lambda m: Dynamic(m.in_features, m.out_features))(net)),
     'capacity': ('Capacity', feedforwards(partial(Capacity, places=12))),
     'around attention': ('Conv', lambda net: net.attn_layers.layers[0].__setitem__(1, Conv(attention(net), 1))),
-    'recurrent': ('GRU', head(lambda m: nn.Sequential(First(), m))),
+    'recurrent': ('First', head(lambda m: nn.Sequential(First(), m))),
     'hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_hook(lambda m, a, o: o.roll(1, dims=1))),
     'decorated hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_hook(decorated)),
     'pre-hook': ('to_logits.*hook', lambda net: net.to_logits.register_forward_pre_hook(roll_input)),
@@ -353,11 +353,6 @@ class First(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)[0]
-
-
-REFUSED['in training'] = ('Norm', REFUSED['in training'][1])
-REFUSED['recurrent'] = ('First', REFUSED['recurrent'][1])
-REFUSED['back 100'] = ('to_logits Conv', head(partial(Conv, back=100)))
 
 
 @pytest.mark.parametrize(('name', 'change'), REFUSED.values(), ids=REFUSED.keys())

@@ -5,12 +5,10 @@ Attention's follows nothing: it is one number for the batch.
 
 import pytest
 import torch
-from networks import assert_same_gradients, decoder, gradients, random_batch
+from networks import WEIGHTINGS, assert_same_gradients, decoder, gradients, random_batch
 from oracle import auxiliary, differentiable, expected, looped_token_loss
 
 from xtloss import AutoregressiveWrapper
-
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 
 
 @pytest.mark.parametrize('weighting', WEIGHTINGS)

@@ -51,7 +51,6 @@ def test_pack_refuses_wrong_types(arguments, message):
         (([SHORT, LONG], 4), r'sequences\[1\] must have at most max_len = 4 tokens, got 5'),
         (([SHORT, SHORT[:0]], 4), r'sequences\[1\] must have at least 1 token, got 0'),
         (([[1], []], 4), r'sequences\[1\] must have at least 1 token, got 0'),
-        (([torch.zeros(2, 3)], 4), r'sequences\[0\] must be 1-D, got shape \(2, 3\)'),
         (([torch.tensor(1)], 4), r'sequences\[0\] must be 1-D, got shape \(\)'),
         (([[[1, 2]]], 4), r'sequences must be lists of numbers, got lists of shape \(2,\) in them'),
         (([SHORT, SHORT.to('meta')], 4), r'sequences\[1\] must be on cpu like sequences\[0\], got meta'),
@@ -77,7 +76,6 @@ def test_pack_refuses_wrong_values(arguments, message):
         ([SHORT, LONG], {'max_len': 4}, ValueError, r'x\[1\] must have at most max_len = 4 tokens, got 5'),
         ([{'x': SHORT}, SHORT], {}, TypeError, r'examples\[1\] must be a dict like examples\[0\], got Tensor'),
         ([SHORT, {'x': SHORT}], {}, TypeError, r'x\[1\] must be a tensor or a list of numbers, got dict'),
-        ([{'y': SHORT}], {}, ValueError, r"examples\[0\] must have the keys \['x', 'y'\], got \['y'\]"),
         (
             [{'x': SHORT}, {'x': SHORT, 'loss_mask': SHORT.bool()}],
             {},
@@ -96,7 +94,6 @@ def test_pack_refuses_wrong_values(arguments, message):
             ValueError,
             r'^score\[0\] must be 1-D, got shape \(2, 3\)',
         ),
-        ({'x': [1]}, {}, TypeError, r'x must be a list of tensors or of lists, got dict'),
         ([], {'pad_value': 0.5}, TypeError, r'pad_value must be an integer for int64 sequences, got 0.5'),
         ([{'x': SHORT, 'lens': SHORT}], {}, ValueError, r"examples\[0\] must not have the key 'lens'"),
         ([{'x': SHORT, 'lens': SHORT}], {'layout': 'packed'}, ValueError, r"must not have the key 'lens'"),

@@ -1,16 +1,14 @@
-"""What the table of wrong things, `test_bad_table.py`, is beside: good input, why not fused, and no bare assert."""
+"""What the table of wrong things, `test_bad_table.py`, is beside: good input, and no bare assert."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from networks import decoder
-from torch import nn
 
 import xtloss
 from xtloss import AutoregressiveWrapper
@@ -36,28 +34,6 @@ def test_good_input_of_every_dtype_is_taken(fused: str | bool) -> None:
         assert wrapper(X.to(integer), segment_ids=(X + 1).to(integer), normalizer=ROWS[0].to(integer)).isfinite()
     for number in (1, np.int64(1), np.float16(1), np.float64(1)):
         assert wrapper(X, normalizer=number).isfinite()
-
-
-def why_not(wrapper: AutoregressiveWrapper, pattern: str, **call: Any) -> None:
-    with pytest.raises(ValueError, match=pattern):
-        wrapper(X[:, :8], **call)
-
-
-def test_fused_true_says_why_it_cannot() -> None:
-    def wrapper(**options: Any) -> AutoregressiveWrapper:
-        return AutoregressiveWrapper(decoder(**options), fused=True)
-
-    why_not(wrapper(mixture_of_softmax=True), r'fused.*mixture_of_softmax')
-    why_not(wrapper(sigsoftmax_logits=True), r'fused.*sigsoftmax')
-    why_not(wrapper(looped=True, layers_pre_and_post_norm=True), r'fused.*loop')
-    why_not(wrapper(to_logits=nn.Sequential(nn.Linear(16, 11))), r'fused.*(head|to_logits)')
-    why_not(wrapper(), r'fused.*return_outputs', return_outputs=True)
-    why_not(wrapper(), r'fused.*to_logits_kwargs', to_logits_kwargs={'unknown': 1})
-    why_not(wrapper(), r'fused.*return_logit_entropies', return_logit_entropies=True)
-    hooked = wrapper()
-    hooked.net.to_logits.register_forward_hook(lambda *_: None)
-    why_not(hooked, r'fused.*hook')
-    assert wrapper()(X[:, :8]).isfinite()
 
 
 def test_no_assert_in_the_package() -> None:

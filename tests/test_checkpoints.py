@@ -14,16 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[1] / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
-import train_enwik8  # noqa: E402
-from command_line import UsageError  # noqa: E402
-from enwik8 import checkpoints, config, signals  # noqa: E402
-from enwik8.config import Config  # noqa: E402
-from enwik8.config_file import load_config  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import train_enwik8
+from command_line import UsageError
+from enwik8 import checkpoints, config, signals
+from enwik8.config import Config
+from enwik8.config_file import load_config
+from safetensors.torch import load_file
 
 TINY = Config(
     data='builtin', max_bytes=20_000, preset='tiny', dim=16, depth=1, heads=2, seq_len=16, batch_size=2, held_out=4,
@@ -35,12 +31,7 @@ ARGS = (
 ).split()
 RUN = Path('runs', 'run')
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Work in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures('folder')
 
 
 def train(**options) -> None:
@@ -79,7 +70,7 @@ def names(run: Path = RUN) -> list[str]:
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes do not fork here')
 def test_a_killed_run_ends_as_one_that_was_not(folder):
     """At random moments; at each change of the disk, in the middle of a save too; by a second signal."""
-    environment = {**os.environ, 'PYTHONPATH': str(EXAMPLES.parent), 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, str(Path(__file__).with_name('killer.py')), '3', '0']
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import compare_weightings
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[1] / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
-import compare_weightings  # noqa: E402
-import train_enwik8  # noqa: E402
-from enwik8.mixed import END, Answer, OneToOne, guesses, split_mixed  # noqa: E402
-from enwik8.over_seeds import difference, slope, spread, t_quantile  # noqa: E402
-from enwik8.report import SequenceCost, report  # noqa: E402
-from enwik8.sequences import split_text, to_batch  # noqa: E402
-from enwik8.text import DataError  # noqa: E402
+import train_enwik8
+from enwik8.mixed import END, Answer, OneToOne, guesses, split_mixed
+from enwik8.over_seeds import difference, slope, spread, t_quantile
+from enwik8.report import SequenceCost, report
+from enwik8.sequences import split_text, to_batch
+from enwik8.text import DataError
 
 LANGUAGES = ('de', 'fr', 'es')
 TITLES = [f'[[{LANGUAGES[i % 3]}:Titel {i // 2}]]' for i in range(60)]  # two languages have each title
@@ -29,11 +24,9 @@ TINY = '--data text --steps 3 --seeds 0 1 --dim 16 --depth 1 --heads 2 --seq-len
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Work in an empty folder that has a text."""
-    monkeypatch.chdir(tmp_path)
-    Path('text').write_bytes(TEXT)
-    return tmp_path
+def text(folder):
+    """What there is to train on."""
+    (folder / 'text').write_bytes(TEXT)
 
 
 # the statistics
@@ -237,9 +230,6 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
         ('--seeds -1', '--seeds must be at least 0, got -1'),
         ('--seeds 1 1', '--seeds must differ from one another, got 1 1'),
         ('--weightings token token', '--weightings must differ from one another'),
-        ('--weightings', '--weightings wants at least one value'),
-        ('--steps 0', '--steps must be at least 1, got 0'),
-        ('--name ..', '--name must be the name of one folder'),
         ('--data nowhere', 'cannot read nowhere: No such file'),
         ('--data builtin --task mixed', 'too few lines like [[de:Titel]]'),
     ],

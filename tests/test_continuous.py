@@ -3,76 +3,40 @@
 import copy
 from typing import Any
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients
+from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, frames, gradients, value_and_gradients
+from networks import continuous_network as network
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
 from x_transformers import ContinuousAutoregressiveWrapper as Upstream
-from x_transformers import ContinuousTransformerWrapper, Decoder
 
 from xtloss import ContinuousAutoregressiveWrapper
 
 B, N, D = 3, 8, 5
 NAN = float('nan')
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 KINDS: dict[str, dict[str, Any]] = {
     'squared': {},
     'absolute': {'use_l1_loss': True},
     'gaussian': {},
 }
-EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 LENS = torch.tensor([8, 3, 5])
 REAL = torch.arange(N) < LENS[:, None]
 
 
-def network(*, probabilistic: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A network of one layer; the same arguments give the same parameters. `layers_` options go to the decoder."""
-    layers = {'depth': 1, 'heads': 2, 'attn_dim_head': 8, 'verbose': False}
-    layers |= {k.removeprefix('layers_'): v for k, v in options.items() if k.startswith('layers_')}
-    options = {k: v for k, v in options.items() if not k.startswith('layers_')}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ContinuousTransformerWrapper(
-            dim_in=D,
-            dim_out=D,
-            max_seq_len=32,
-            probabilistic=probabilistic,
-            attn_layers=Decoder(dim=16, **layers),
-            **options,
-        ).to(dtype)
-
-
-def frames(b: int = B, n: int = N, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(b, n, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-class Stub(nn.Module):
-    """A network whose answer is the tensor it was given. It keeps what it was called with."""
-
-    max_seq_len, can_cache_kv = 64, False
+class Stub(networks.Stub):
+    """Its answer is the tensor alone, (b, n, d), or of mean and variance, (2, b, n, d)."""
 
     def __init__(self, out: Tensor) -> None:
-        super().__init__()
-        self.out, self.probabilistic = out, out.ndim == 4
-        self.seen: list[tuple[Tensor, dict[str, Any]]] = []
+        super().__init__(out)
+        self.probabilistic = out.ndim == 4
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        self.seen.append((x, kwargs))
-        return self.out
-
-
-class Unreachable(Stub):
-    """A network that must not run."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.zeros(1, 1, 1))
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        raise AssertionError('the network ran')
+        return super().forward(x, **kwargs)[0]
 
 
 def smooth(pred: Tensor, target: Tensor) -> Tensor:
@@ -228,17 +192,6 @@ def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: b
     absolute, relative = network(**options), network(**options, use_abs_pos_emb=False, layers_rotary_pos_emb=True)
     order = torch.tensor([2, 0, 1])
 
-    def run(net: nn.Module, *calls: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
-        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
-        total = sum(wrapper.loss_normalizer(**{k: v for k, v in call.items() if k != 'loss_weight'}) for call in calls)
-        net.zero_grad()
-        loss = 0.0
-        for call in calls:
-            part = wrapper(**call, normalizer=total)
-            part.backward()
-            loss += part.item()
-        return loss, {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
     right = {'x': x, 'lens': LENS, 'loss_mask': flags, 'loss_weight': shares}
     left = {'x': padded_left(x), 'loss_mask': padded_left(flags), 'loss_weight': padded_left(shares)}
     layouts = [
@@ -252,7 +205,8 @@ def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: b
         more = {k: F.pad(v, (0, 0, 0, 4) if v.ndim == 3 else (0, 4)) for k, v in right.items() if k != 'lens'}
         layouts.append((absolute, [more | {'lens': LENS}]))
     for net, calls in layouts:
-        (loss, grads), (want, want_grads) = run(net, *calls), run(net, right)
+        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
+        (loss, grads), (want, want_grads) = value_and_gradients(wrapper, *calls), value_and_gradients(wrapper, right)
         assert loss == pytest.approx(want, rel=1e-9)
         # keys shifted alike cancel in attention, so what is left of an absolute embedding's gradient may be rounding
         assert_same_gradients(grads, want_grads, 1e-9, floor=1e-3)
@@ -407,26 +361,14 @@ def test_a_reduced_loss_has_no_weighting() -> None:
         ContinuousAutoregressiveWrapper(network(), nn.MSELoss(), loss_weighting='sequence_sum')(frames())
 
 
-BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({'mask': REAL[:, :-1]}, ValueError, r'mask must have shape \(3, 8\) like x, got \(3, 7\): .*inputs.*'),
-]
+def test_a_mask_of_the_inputs() -> None:
+    with pytest.raises(ValueError, match=r'^mask must have shape \(3, 8\) like x, got \(3, 7\): .*inputs.*$'):
+        ContinuousAutoregressiveWrapper(Unreachable())(frames(), mask=REAL[:, :-1])
 
 
-@pytest.mark.parametrize(
-    ('call', 'error', 'message'), BAD, ids=[f'{message}, {list(call)}' for call, _, message in BAD]
-)
-def test_bad_input(call: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f'^{message}$'):
-        ContinuousAutoregressiveWrapper(Unreachable())(**{'x': frames()} | call)
-
-
-def test_bad_options() -> None:
-    with pytest.raises(ValueError, match='loss_weighting must be one of'):
-        ContinuousAutoregressiveWrapper(Unreachable(), loss_weighting='tokens')
+def test_the_flag_beside_another_weighting() -> None:
     with pytest.raises(ValueError, match='equal_loss_weight_batch'):
         ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True, loss_weighting='token')
-    with pytest.raises(TypeError, match='equal_loss_weight_batch must be bool, got int'):
-        ContinuousAutoregressiveWrapper(Unreachable(), None, False, 1)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -445,13 +387,3 @@ def test_nothing_handed_in_is_changed() -> None:
     before = copy.deepcopy(call)
     ContinuousAutoregressiveWrapper(network())(**call).backward()
     assert all(torch.equal(value, before[name]) for name, value in call.items())
-
-
-def test_xtransformers_readme() -> None:
-    """The way x-transformers' README uses the wrapper, in small."""
-    net = ContinuousTransformerWrapper(
-        dim_in=7, dim_out=7, max_seq_len=24, attn_layers=Decoder(dim=16, depth=2, heads=2, verbose=False)
-    )
-    model = ContinuousAutoregressiveWrapper(net)
-    model(torch.randn(1, 24, 7), mask=torch.ones(1, 24).bool()).backward()
-    assert model.generate(torch.randn(1, 7), 5).shape == (5, 7)

@@ -1,14 +1,14 @@
 """What strangers met at the edges of the continuous wrapper: narrow networks, no rows, hidden keys, odd arguments."""
 
-import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same_gradients, gradients
-from test_continuous import LENS, REAL, B, N, Unreachable, frames, network, padded_left
+from networks import Unreachable, assert_same_gradients, frames, gradients
+from networks import continuous_network as network
+from test_continuous import LENS, REAL, B, N, padded_left
 from torch import Tensor, nn
 
 from xtloss import ContinuousAutoregressiveWrapper
@@ -285,21 +285,3 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_input(call: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f'^{message}$'):
         ContinuousAutoregressiveWrapper(Unreachable())(**{'x': frames()} | call)
-
-
-NORMALIZER_BAD: list[tuple[dict[str, Any], type[Exception]]] = [
-    ({'lenss': LENS}, TypeError),
-    ({'fused': True}, TypeError),
-    ({'loss_weight': LENS}, TypeError),
-    ({'loss_weight': torch.ones(B, N - 1)}, ValueError),
-    ({'normalizer': 'x'}, TypeError),
-    ({'return_breakdown': 3}, TypeError),
-    ({'rollout_steps': 1.0}, TypeError),
-    ({'prepend_embeds': torch.zeros(B, 1, 16)}, ValueError),
-]
-
-
-@pytest.mark.parametrize(('call', 'error'), NORMALIZER_BAD, ids=[next(iter(call)) for call, _ in NORMALIZER_BAD])
-def test_the_normalizer_looks_at_its_arguments(call: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match=re.escape(next(iter(call)))):
-        ContinuousAutoregressiveWrapper(network()).loss_normalizer(frames(), **call)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from networks import decoder
+from networks import assert_same_gradients, decoder
 from sharding import fsdp2
 from torch.nn.parallel import DistributedDataParallel
 
@@ -169,19 +169,13 @@ def ranks(request, tmp_path_factory):
 # what one process finds
 
 
-def assert_same_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
-
-
 def assert_same_step(found, loss_weighting, shares):
     wrapper = make_wrapper(loss_weighting)
     loss = wrapper(**rows_of_batch([row for rows in shares for row in rows]))
     loss.backward()
     assert loss > 0
     torch.testing.assert_close(found[1], loss.detach(), rtol=1e-5, atol=0)
-    assert_same_gradients(found[0], gradients(wrapper))
+    assert_same_gradients(found[0], gradients(wrapper), 1e-5)
 
 
 def test_global_normalizer_is_the_mean_over_ranks(ranks):
@@ -231,7 +225,7 @@ def test_accelerate_divides_by_accumulation_steps(ranks):
     wrapper = make_wrapper('sequence')
     wrapper(**whole_batch()).backward()
     for results in ranks:
-        assert_same_gradients(results['accelerate'], gradients(wrapper))
+        assert_same_gradients(results['accelerate'], gradients(wrapper), 1e-5)
 
 
 # without a process group
@@ -254,11 +248,6 @@ def test_without_a_group_a_number_becomes_a_tensor(total):
     assert found.item() == total
 
 
-def test_counts_and_halves_become_float32():
-    assert global_normalizer(torch.tensor(7)).dtype == torch.float32
-    assert global_normalizer(torch.tensor(7, dtype=torch.bfloat16)).dtype == torch.float32
-
-
 def test_the_result_is_a_normalizer():
     wrapper, batch = make_wrapper('token'), whole_batch()
     expected = wrapper(**batch)
@@ -267,26 +256,3 @@ def test_the_result_is_a_normalizer():
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected)
     assert wrapper(**batch, normalizer=global_normalizer(0)) == 0
-
-
-@pytest.mark.parametrize(
-    ('total', 'error', 'message'),
-    [
-        ('3', TypeError, r'total must be a number or a 0-dim tensor, got str'),
-        (True, TypeError, r'total must be a number or a 0-dim tensor, got bool'),
-        (None, TypeError, r'total must be a number or a 0-dim tensor, got NoneType'),
-        (torch.tensor(True), TypeError, r'total must be floating point or integer, got bool'),
-        (torch.ones(2), ValueError, r'total must have shape \(\), got \(2,\)'),
-        (-1, ValueError, r'total must be >= 0 and finite, got -1'),
-        (float('nan'), ValueError, r'total must be >= 0 and finite, got nan'),
-        (float('inf'), ValueError, r'total must be >= 0 and finite, got inf'),
-    ],
-)
-def test_bad_totals_are_refused(total, error, message):
-    with pytest.raises(error, match=message):
-        global_normalizer(total)
-
-
-def test_a_bad_group_is_refused():
-    with pytest.raises(TypeError, match=r'group must be a process group that this rank belongs to, got str'):
-        global_normalizer(1, group='world')

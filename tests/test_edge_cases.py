@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Stub, assert_same_gradients, decoder, gradients, random_batch
+from networks import WEIGHTINGS, Stub, assert_same_gradients, decoder, gradients, random_batch
 from oracle import differentiable, expected
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     'continuous head': {'add_continuous_pred_head': True},
     'looped': LOOPED,
 }
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 NAN = float('nan')
 LONG = torch.arange(24).reshape(3, 8) % 11
 NOTHING: dict[str, dict[str, Any]] = {
@@ -36,11 +35,6 @@ NOTHING: dict[str, dict[str, Any]] = {
     'no loss': {'x': LONG, 'loss_mask': torch.zeros(3, 8).bool(), 'loss_weight': torch.full((3, 8), NAN)},
     'late start': {'x': LONG, 'seq_start_pos': torch.full((3,), 7)},
 }
-
-
-@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
-def fused(request: pytest.FixtureRequest) -> str | bool:
-    return request.param
 
 
 @pytest.mark.parametrize('nothing', NOTHING)

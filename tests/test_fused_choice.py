@@ -2,17 +2,14 @@
 
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import x_transformers
-from networks import Stub, assert_same_gradients, decoder, gradients
+from networks import ScaledLinear, Stub, assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,19 +32,12 @@ def fusings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return seen
 
 
-class LoRALinear(nn.Linear):
-    """Adds a product of two thin matrices to the weight."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.a, self.b = nn.Parameter(torch.randn(2, self.in_features)), nn.Parameter(torch.randn(self.out_features, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x @ self.a.t() @ self.b.t()
-
-
 class OwnNetwork(TransformerWrapper):
     """A subclass, which may do anything in its forward."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Any:
+        logits, cache = super().forward(x, **kwargs)
+        return logits / 2, cache
 
 
 def own_network() -> TransformerWrapper:
@@ -110,7 +100,7 @@ PLAIN: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any]]] = {
 # networks and calls that are not, and what a ValueError says
 LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
     'deep head': (with_head(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 11))), {}, 'head is a Sequential'),
-    'LoRA': (with_head(lambda: LoRALinear(16, 11)), {}, 'head is a LoRALinear'),
+    'LoRA': (with_head(lambda: ScaledLinear(16, 11)), {}, 'head is a ScaledLinear'),
     'function': (lambda: decoder(to_logits=lambda x: x[..., :11]), {}, 'head is a function'),
     'hook on the head': (after(lambda net: net.to_logits.register_forward_hook(doubled)), {}, 'head has hooks'),
     'pre-hook on the head': (
@@ -341,15 +331,6 @@ def test_a_head_that_is_bound_to_the_copy_is_tied_to_it(fusings: list[tuple[Any,
         AutoregressiveWrapper(clone, fused=False)(X).item(), rel=1e-6
     )
     assert len(fusings) == 1
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path / 'store'), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('tied', [False, True])

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import assert_same_gradients, gradients
-from test_continuous import LENS, B, N, frames, network
+from networks import assert_same_gradients, frames, gradients
+from networks import continuous_network as network
+from test_continuous import LENS, B, N
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap

@@ -1,31 +1,18 @@
 """One loss, however the sequences are batched: padded on either side, in any order, in micro-batches, packed."""
 
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same_gradients, decoder, gradients
+from networks import EXACT, NETWORKS, WEIGHTINGS, assert_same_gradients, decoder, value_and_gradients
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, pack
 
 VOCAB = 11
-WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
-EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
-ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
-NETWORKS: dict[str, tuple[dict[str, Any], str]] = {  # options, and what pads it on the left
-    'absolute': ({'layers_depth': 2}, 'seq_start_pos'),
-    'rotary': (ROTARY, 'mask'),
-    'tied': (ROTARY | {'tie_embedding': True}, 'mask'),
-    'flash': (ROTARY | {'layers_attn_flash': True}, 'mask'),
-    'alibi': ({'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False}, 'mask'),
-    'mixture of softmax': (ROTARY | {'mixture_of_softmax': True}, 'mask'),
-    'continuous head': (ROTARY | {'add_continuous_pred_head': True}, 'mask'),
-    'looped': (ROTARY | {'looped': True, 'layers_pre_and_post_norm': True}, 'mask'),
-}
 
 
 class Sequence(NamedTuple):
@@ -73,16 +60,6 @@ def packed(sequences: list[Sequence], width: int) -> dict[str, Tensor]:
     return call | {'segment_ids': pack([s.x for s in sequences], width)[1]}
 
 
-def total(wrapper: AutoregressiveWrapper, *calls: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the calls together; with several, as micro-batches over their common normalizer."""
-    if len(calls) > 1:
-        z = sum(wrapper.loss_normalizer(**call) for call in calls)
-        loss = sum(wrapper(**call, normalizer=z) for call in calls)
-    else:
-        loss = wrapper(**calls[0])
-    return loss.item(), gradients(loss, wrapper)
-
-
 @pytest.mark.parametrize('fused', ['auto', False], ids=['auto', 'not fused'])
 @pytest.mark.parametrize('name', NETWORKS)
 @settings(max_examples=6)
@@ -92,7 +69,7 @@ def total(wrapper: AutoregressiveWrapper, *calls: dict[str, Tensor]) -> tuple[fl
     weighting=st.one_of(st.sampled_from(WEIGHTINGS), st.floats(0, 1)),
 )
 def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count: int, weighting: str | float) -> None:
-    options, left_by = NETWORKS[name]
+    options, left_by = NETWORKS[name], 'seq_start_pos' if name == 'absolute' else 'mask'
     wrapper = AutoregressiveWrapper(
         decoder(num_tokens=VOCAB, dtype=torch.float64, **EXACT, **options), loss_weighting=weighting, fused=fused
     )
@@ -121,9 +98,9 @@ def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count
         layouts['packed'] = [packed(shuffled, longest + choose.randrange(9))]
         layouts['packed micro-batches'] = [packed(part, longest + choose.randrange(9)) for part in parts]
 
-    want, wanted = total(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
+    want, wanted = value_and_gradients(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
     for layout, calls in layouts.items():
-        got, grads = total(wrapper, *calls)
+        got, grads = value_and_gradients(wrapper, *calls)
         assert got == pytest.approx(want, rel=1e-9, abs=1e-9), layout
         assert_same_gradients(grads, wanted, 1e-9, floor=1e-4)
 
@@ -131,25 +108,15 @@ def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 @pytest.mark.parametrize('name', ['absolute', 'rotary', 'looped'])
 def test_single_precision(name: str, weighting: str | float) -> None:
-    options, left_by = NETWORKS[name]
+    options, left_by = NETWORKS[name], 'seq_start_pos' if name == 'absolute' else 'mask'
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), loss_weighting=weighting)
     sequences = draw_sequences(11, 6)
-    want, wanted = total(wrapper, padded(sequences, 12, 'lens'))
+    want, wanted = value_and_gradients(wrapper, padded(sequences, 12, 'lens'))
     tolerance = 1e-4 if name == 'looped' else 1e-5
     for calls in (
         [padded(sequences, 12, left_by, left=True)],
         [padded(sequences[:2], 12, 'mask'), padded(sequences[2:], 12, left_by, left=True)],
     ):
-        got, grads = total(wrapper, *calls)
+        got, grads = value_and_gradients(wrapper, *calls)
         assert got == pytest.approx(want, rel=tolerance)
         assert_same_gradients(grads, wanted, tolerance)
-
-
-def test_a_mean_of_means_would_not_pass() -> None:
-    """The normalizer is what keeps the promise: without it the same micro-batches give another loss."""
-    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, dtype=torch.float64, **EXACT))
-    parts = [padded(part, 9, 'lens') for part in (draw_sequences(1, 1), draw_sequences(2, 4))]
-    whole, _ = total(wrapper, padded(draw_sequences(1, 1) + draw_sequences(2, 4), 9, 'lens'))
-    means = sum(wrapper(**part).item() for part in parts) / 2
-    assert abs(means - whole) > 1e-3
-    assert total(wrapper, *parts)[0] == pytest.approx(whole, rel=1e-9)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients
+from networks import assert_same_gradients, value_and_gradients
 from oracle import counted_targets
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -53,15 +53,6 @@ def counted(call: Call) -> Tensor:
     x = call['x'].long() if call['x'].ndim == 2 else torch.zeros(call['x'].shape[:2])
     table = counted_targets(x, **{name: call[name] for name in fuzz.COUNTING if name in call})
     return torch.tensor(table, dtype=torch.bool).reshape(x.shape[0], x.shape[1] - 1)
-
-
-def value_and_gradients(wrapper: nn.Module, *calls: Call) -> tuple[float, dict[str, Tensor]]:
-    """Of one call, or of several as micro-batches over their common normalizer."""
-    if len(calls) > 1:
-        zs = [wrapper.loss_normalizer(**{k: v for k, v in call.items() if k != 'loss_weight'}) for call in calls]
-        calls = tuple(call | {'normalizer': sum(zs)} for call in calls)
-    loss = sum(wrapper(**call) for call in calls)
-    return loss.item(), gradients(loss, wrapper)
 
 
 def assert_same(wrapper: nn.Module, *calls: Call, want: tuple[float, dict[str, Tensor]], times: float = 1) -> None:
@@ -183,10 +174,14 @@ def test_sequence_is_the_mean_over_rows_of_the_mean_over_a_row(kind: str, seed: 
 
 @given(kind=KINDS, seed=SEEDS, fused=FUSED, p=st.floats(0, 1), q=st.floats(0, 1))
 def test_an_exponent_is_continuous(kind: str, seed: int, fused: Any, p: float, q: float) -> None:
-    """|d loss / dp| ≤ 2 ln(L) max|ℓ · loss_weight|, L the targets of the longest sequence."""
+    """|d loss / dp| ≤ 2 ln(L) max|ℓ · loss_weight|, L the targets of the longest sequence, and w goes with L^(-p)."""
     call = random_call(kind, seed)
     loss, other = (wrapper_of(kind, power, fused)(**call).item() for power in (p, q))
-    parts = wrapper_of(kind, 'token', fused)(**call, return_breakdown=True)[1]
+    parts, by_row, by_power = (
+        wrapper_of(kind, weighting, fused)(**call, return_breakdown=True)[1] for weighting in ('token', 'sequence', p)
+    )
+    of_length = (by_row.weight / parts.weight).where(parts.weight != 0, 1)  # 1 / L
+    torch.testing.assert_close(by_power.weight, parts.weight * of_length**p, rtol=1e-9, atol=1e-12)
     largest = max((parts.weight * parts.token_loss).abs().flatten().tolist(), default=0.0)
     assert abs(loss - other) <= 2 * math.log(call['x'].shape[1]) * largest * abs(p - q) + 1e-9
 

@@ -1,34 +1,28 @@
 """The examples of the continuous wrapper and of `upgrade_`: data, measures, and the whole of each for a few steps."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import train_continuous
+import train_copy
 from torch import Generator, Tensor
-
-EXAMPLES = Path(__file__).parents[1] / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
-import train_continuous  # noqa: E402
-import train_copy  # noqa: E402
 
 TINY = '--dim 16 --depth 1 --heads 2 --batch-size 4 --held-out 8 --name tiny'.split()
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Work in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / 'runs' / 'tiny'
+def run(folder: Path) -> Path:
+    """Where a run of that name lies."""
+    return folder / 'runs' / 'tiny'
 
 
-def test_train_continuous(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_continuous(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_continuous.main([*TINY, '--steps', '2', '--equal-loss-weight-batch'])
-    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'metrics.json', 'prediction.png']
-    measured = json.loads((folder / 'metrics.json').read_text())
+    assert sorted(path.name for path in run.iterdir()) == ['config.json', 'metrics.json', 'prediction.png']
+    measured = json.loads((run / 'metrics.json').read_text())
     assert measured.keys() == {'x-transformers', 'xtloss'}
     assert f'{measured["xtloss"]["at the end"]:.4f}' in capsys.readouterr().out
 
@@ -55,10 +49,10 @@ def test_errors_inside_and_at_the_end() -> None:
     assert measured == {'inside': 0, 'at the end': pytest.approx(truth.square().mean().sqrt().item(), rel=1e-6)}
 
 
-def test_train_copy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_copy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_copy.main([*TINY, '--measure-after', '1', '2', '--weightings', 'token', 'square'])
-    assert sorted(path.name for path in folder.iterdir()) == ['accuracy_by_length.png', 'config.json', 'metrics.json']
-    measured = json.loads((folder / 'metrics.json').read_text())
+    assert sorted(path.name for path in run.iterdir()) == ['accuracy_by_length.png', 'config.json', 'metrics.json']
+    measured = json.loads((run / 'metrics.json').read_text())
     assert measured.keys() == {'1', '2'}
     assert measured['2'].keys() == {'token', 'square'}
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from fuzz_helpers import check_packed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -24,33 +25,11 @@ def random_sequences(lengths, dtype=torch.int64):
     return [torch.randint(0, 200, (length,)).to(dtype) for length in lengths]
 
 
-def best_fit_decreasing_by_definition(lengths, max_len):
-    """Rows of sequence indices: each time look at every row."""
-    rows = []
-    for k in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
-        best = None
-        for row in rows:
-            room = max_len - sum(lengths[j] for j in row)
-            if room >= lengths[k] and (best is None or room < max_len - sum(lengths[j] for j in best)):
-                best = row
-        if best is None:
-            best = []
-            rows.append(best)
-        best.append(k)
-    return rows
-
-
 @given(lengths_and_max_len())
 def test_layout_is_best_fit_decreasing(case):
     lengths, max_len = case
-    x, segment_ids = pack(random_sequences(lengths), max_len)
-    expected = [
-        [k + 1 for k in row for _ in range(lengths[k])] + [0] * (max_len - sum(lengths[k] for k in row))
-        for row in best_fit_decreasing_by_definition(lengths, max_len)
-    ]
-    assert segment_ids.tolist() == expected
-    assert segment_ids.shape == x.shape == (len(expected), max_len)
-    assert segment_ids.dtype == torch.int64
+    sequences = random_sequences(lengths)
+    check_packed(*pack(sequences, max_len), sequences, max_len, 0)
 
 
 @given(lengths_and_max_len(), st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4))
@@ -97,13 +76,6 @@ def test_gradients_flow_through_packing():
     x, segment_ids = pack(sequences, max_len=4)
     sum((k + 1) * part.sum() for k, part in enumerate(unpack(x, segment_ids))).backward()
     assert [sequence.grad.tolist() for sequence in sequences] == [[1, 1], [2, 2, 2], [3]]
-
-
-def test_device_is_kept(device):
-    sequences = [sequence.to(device) for sequence in random_sequences([2, 3])]
-    x, segment_ids = pack(sequences, max_len=4)
-    assert x.device == segment_ids.device == sequences[0].device
-    assert collate(sequences)['lens'].device == sequences[0].device
 
 
 @pytest.mark.parametrize(('pad_value', 'dtype'), [(0, torch.int64), (False, torch.bool), (0.0, torch.float32)])

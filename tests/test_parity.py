@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import x_transformers
-from networks import ScaledLinear, assert_same, assert_same_gradients, decoder, gradients, run
+from networks import assert_same, assert_same_gradients, decoder, gradients, run
 from torch import Tensor, nn
 from x_transformers import TransformerWrapper
 
@@ -27,10 +27,6 @@ def ignored(ignore_index: int = -100) -> Tensor:
 
 def embeds(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-
-
-def deep_head() -> nn.Module:
-    return nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, VOCAB))
 
 
 # name: options of the network, of the wrapper, of the call (where x is not given, it is `X`)
@@ -67,8 +63,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
     'value residual': {'layers_add_value_residual': True, 'layers_depth': 2, 'layers_ff_glu': True},
     'looped': {'looped': True, 'layers_pre_and_post_norm': True},
     'linear head': {'to_logits': lambda: nn.Linear(DIM, VOCAB)},
-    'deep head': {'to_logits': deep_head},
-    'scaled linear head': {'to_logits': lambda: ScaledLinear(DIM, VOCAB)},
 }
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     'plain': ({}, {}, {}),
@@ -126,11 +120,6 @@ def build(name: str, wrapper: type[nn.Module], **extra: Any) -> tuple[nn.Module,
     network = {k: v() if k == 'to_logits' else v for k, v in network.items()}
     torch.manual_seed(3)
     return wrapper(decoder(**network), **options, **extra), {'x': X} | call
-
-
-@pytest.fixture(params=['auto', False], ids=['auto', 'not fused'])
-def fused(request: pytest.FixtureRequest) -> str | bool:
-    return request.param
 
 
 @pytest.mark.parametrize('name', GRID)
@@ -209,10 +198,3 @@ def test_sampling_is_inherited(name: str) -> None:
         outs.append(SAMPLING[name](wrapper))
         assert wrapper.training
     torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)
-
-
-def test_state_goes_both_ways() -> None:
-    ours, theirs = xtloss.AutoregressiveWrapper(decoder(seed=1)), x_transformers.AutoregressiveWrapper(decoder(seed=2))
-    ours.load_state_dict(theirs.state_dict())
-    assert ours(X).item() == pytest.approx(theirs(X).item(), rel=1e-5)
-    theirs.load_state_dict(xtloss.AutoregressiveWrapper(decoder(seed=3)).state_dict())

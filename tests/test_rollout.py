@@ -1,15 +1,18 @@
 """rollout_steps > 1: the frames a network predicts from its own predictions enter the equation, row by row."""
 
+from functools import partial
 from typing import Any
 
+import networks
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import assert_same_gradients, gradients
+from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, gradients
+from networks import continuous_network as network
 from oracle_rollout import expected_rollout, rolled_out
-from test_continuous import EXACT, KINDS, WEIGHTINGS, Stub, Unreachable, cosine, network, smooth
+from test_continuous import KINDS, Stub, cosine, smooth
 from torch import Tensor, nn
 
 from xtloss import ContinuousAutoregressiveWrapper
@@ -18,10 +21,7 @@ B, N, D, K = 4, 9, 5, 3
 NAN = float('nan')
 LENS = torch.tensor([9, 3, 4, 7])  # the second row is too short for three steps, the third can start at one place only
 REAL = torch.arange(N) < LENS[:, None]
-
-
-def frames(b: int = B, n: int = N, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(b, n, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+frames = partial(networks.frames, b=B, n=N, dtype=torch.float64)
 
 
 def seeded(wrapper: nn.Module, x: Tensor, steps: int = K, **call: Any) -> Any:
@@ -446,15 +446,6 @@ def test_compiled() -> None:
     got = seeded(torch.compile(wrapper, backend='aot_eager', fullgraph=True), x, lens=LENS)
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     assert_same_gradients(gradients(got, wrapper), want_grads, 1e-6)
-
-
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_xtransformers_own_test(probabilistic: bool) -> None:
-    """What x-transformers runs to test its wrapper, in small."""
-    model = ContinuousAutoregressiveWrapper(network(probabilistic=probabilistic, layers_depth=2))
-    loss = model(torch.randn(1, 32, D), mask=torch.ones(1, 32).bool(), rollout_steps=4)
-    loss.backward()
-    assert model.generate(torch.randn(1, D), 17).shape == (17, D)
 
 
 def test_a_stub_of_fixed_answers_is_read_where_the_row_ends() -> None:

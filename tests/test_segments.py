@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import x_transformers.attend
-from networks import assert_same_gradients, gradients, judged_arguments
+from networks import HostCopies, assert_same_gradients, gradients, judged_arguments
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import Decoder, Encoder, TransformerWrapper
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import AbsolutePositionalEmbedding, Attention, AttentionLayers, FeedForward
@@ -462,28 +461,14 @@ def test_a_four_token_row() -> None:
     assert given['attn_mask'].int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
 
 
-class Recorder(TorchDispatchMode):
-    """Counts what makes a GPU wait for the host, and what draws random numbers."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        super().__init__()
-        self.syncs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at every operation."""
-        self.syncs += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_host_sync_and_no_random_numbers() -> None:
     """Not even the first time, when networks are built to compare with."""
     net, arguments = build({'use_derf': True}), {'attn_mask': torch.ones(N, N, dtype=torch.bool)}
     traits_of_example.cache_clear()
     state = torch.get_rng_state()
-    with Recorder() as recorder:
+    with HostCopies() as copies:
         judged_arguments(net, IDS, arguments)
-    assert recorder.syncs == 0
+    assert copies.count == 0
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -567,9 +552,9 @@ def test_varlen_attention_is_masked_attention(options: dict[str, Any], row: int)
 def test_varlen_arguments() -> None:
     """By hand: one host sync in eager mode; compiled none, but empty sequences at the end."""
     net = build(VARLEN)
-    with Recorder() as recorder:
+    with HostCopies() as copies:
         given = judged_arguments(net, IDS[:1], {})['flash_pack_seq_kwargs']
-    assert recorder.syncs == 1
+    assert copies.count == 1
     assert given.keys() == {'cu_seqlens_q', 'cu_seqlens_k', 'max_seqlen_q', 'max_seqlen_k'}
     assert given['cu_seqlens_q'].tolist() == given['cu_seqlens_k'].tolist() == [0, 2, 6, 8, 10, 12]
     assert given['max_seqlen_q'] == given['max_seqlen_k'] == N

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import counted_targets, sequences
-from torch import Tensor
 
 from xtloss.packing.layout import Layout
 from xtloss.weighting.targets import Outputs, count_targets
@@ -92,13 +91,3 @@ def test_one_row_where_the_network_takes_one() -> None:
     assert plan is not None
     assert plan.source.tolist() == [[0, 1, 2, 3, 8, 9, 10, 11, 4, 5]]
     assert plan_rows(x, {'lens': torch.full((3,), 4)}, one_row=False) is None
-
-
-def test_a_place_for_each_output() -> None:
-    """Both ways round: what was put at the outputs is found there."""
-    torch.manual_seed(0)
-    place = torch.randperm(12)[:6].view(2, 3)
-    targets: Tensor = torch.randn(2, 3)
-    outputs = Outputs(place)
-    there = outputs.at_outputs(targets, (3, 4)).view(3, 4)
-    assert torch.equal(outputs.to_targets(there, (2, 3)), targets)

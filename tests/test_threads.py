@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 import torch
 from modes import KINDS, batch, ours
-from networks import assert_same_gradients, gradients
-from torch import Tensor, nn
-
-
-class Scaled(nn.Linear):
-    """A linear layer that is not known, so that it is asked whether it mixes positions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 0.5
+from networks import ScaledLinear, assert_same_gradients, gradients
+from torch import Tensor
 
 
 @pytest.fixture
@@ -40,7 +33,7 @@ def test_two_threads(kind: str, fused: bool | str) -> None:
         wrapper = ours(kind, fused=fused)
         if kind == 'packed':
             linear = wrapper.net.attn_layers.layers[0][1].to_out
-            scaled = Scaled(linear.in_features, linear.out_features, bias=False).double()
+            scaled = ScaledLinear(linear.in_features, linear.out_features, bias=False).double()
             scaled.load_state_dict(linear.state_dict())
             wrapper.net.attn_layers.layers[0][1].to_out = scaled
         return wrapper

@@ -17,19 +17,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import train_enwik8
 import tyro
+from command_line import UsageError
+from enwik8 import report as enwik8_report
+from enwik8 import sequences as enwik8_sequences
+from enwik8 import text as enwik8_text
+from enwik8.config import PRESETS, Config, resolve, run_name
+from enwik8.text import DataError, find_text, read_text
 from torch import nn
-
-EXAMPLES = Path(__file__).parents[1] / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
-import train_enwik8  # noqa: E402
-from command_line import UsageError  # noqa: E402
-from enwik8 import report as enwik8_report  # noqa: E402
-from enwik8 import sequences as enwik8_sequences  # noqa: E402
-from enwik8 import text as enwik8_text  # noqa: E402
-from enwik8.config import PRESETS, Config, resolve, run_name  # noqa: E402
-from enwik8.text import DataError, find_text, read_text  # noqa: E402
 
 ARTICLE = '<page>\n  <title>{0}</title>\n  <text>Of {0} it is said:\n\n{1}\n* {0} too\n</text>\n</page>\n'
 TEXT = ''.join(ARTICLE.format(f'number {i}', 'so ' * (i * 7 % 60)) for i in range(200)).encode()
@@ -38,11 +34,9 @@ TINY = [*MODEL, *'--seq-len 32 --batch-size 4 --steps 3 --held-out 8 --generate-
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Work in an empty folder, out of reach of the network."""
-    monkeypatch.chdir(tmp_path)
+def no_network(folder, monkeypatch):
+    """The text cannot be downloaded."""
     monkeypatch.setattr(enwik8_text, 'URL', 'http://127.0.0.1:9/enwik8.zip')  # nothing listens there
-    return tmp_path
 
 
 def zipped(text: bytes, name: str = 'enwik8') -> bytes:
@@ -368,8 +362,6 @@ def test_presets_fill_in_what_is_left_out():
     assert (base.batch_size, base.grad_accum, base.learning_rate) == (4, 4, 1e-4)
     assert resolve(Config(preset='base'), torch.device('cpu')).depth == 6
     assert PRESETS['tiny'].keys() == PRESETS['base'].keys()
-    with pytest.raises(UsageError, match=r'^--steps must be at least 1, got 0$'):
-        resolve(Config(steps=0), torch.device('cpu'))
 
 
 @pytest.mark.parametrize(
@@ -392,8 +384,6 @@ def test_runs_are_named_by_what_tells_them_apart(options, name):
     [
         (['--data', 'missing.gz'], 'cannot read missing.gz: No such file or directory'),
         (['--data', 'bad.gz'], 'bad.gz is truncated or corrupt: '),
-        (['--data', 'builtin', '--batch-size', '0'], '--batch-size must be at least 1, got 0'),
-        (['--data', 'builtin', '--loss-weighting', '1.5'], 'loss_weighting must be '),
         (['--data', 'builtin', '--equal-loss-weight-batch', '--loss-weighting', 'token'], 'equal_loss_weight_batch'),
     ],
 )
@@ -493,7 +483,7 @@ def test_packing_refuses_what_mixes_sequences_and_asks_for_a_flag_that_exists(fl
 def test_two_processes_train_like_one(folder, batch):
     """The same global batches; of a batch of one sequence, the second process gets none."""
     options = [*TINY, *batch.split(), *'--data builtin --steps 20 --held-out 4 --equal-loss-weight-batch'.split()]
-    script = str(EXAMPLES / 'train_enwik8.py')
+    script = train_enwik8.__file__
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
     def losses(name: str, processes: int) -> list[float]:

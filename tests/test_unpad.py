@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same_gradients, decoder, gradients
+from networks import NETWORKS, ROTARY, WEIGHTINGS, HostCopies, assert_same_gradients, decoder, gradients
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtloss import AutoregressiveWrapper
 
@@ -20,18 +19,7 @@ HOLES = INSIDE & ~((I == 4)[None] & (torch.arange(B) % 2 == 0)[:, None])  # row 
 FROM_LEFT = (ENDS - STARTS)[:, None] > I
 
 EXACT = {'layers_attn_qk_norm': True, 'dtype': torch.float64}
-ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
-NETWORKS: dict[str, dict[str, Any]] = {
-    'absolute': {'layers_depth': 2},
-    'rotary': ROTARY,
-    'tied': {**ROTARY, 'tie_embedding': True},
-    'flash': {**ROTARY, 'layers_attn_flash': True},
-    'alibi': {'layers_alibi_pos_bias': True, 'use_abs_pos_emb': False},
-    'mixture of softmax': {**ROTARY, 'mixture_of_softmax': True},
-    'continuous head': {**ROTARY, 'add_continuous_pred_head': True},
-    'looped': {**ROTARY, 'looped': True, 'layers_pre_and_post_norm': True},
-    'recycling': {**ROTARY, 'recycling': True},
-}
+UNPADDED = NETWORKS | {'recycling': ROTARY | {'recycling': True}}
 PADDINGS: dict[str, tuple[Tensor, dict[str, Tensor]]] = {  # what is real, and how it is told
     'right, by lens': (FROM_LEFT, {'lens': ENDS - STARTS}),
     'right, by mask': (FROM_LEFT, {'mask': FROM_LEFT}),
@@ -87,7 +75,7 @@ def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 @pytest.mark.usefixtures('packs')
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 @pytest.mark.parametrize('padding', PADDINGS)
 @pytest.mark.parametrize('network', ['absolute', 'flash'])
 def test_the_loss_of_the_rows_alone(network: str, padding: str, weighting: str | float) -> None:
@@ -106,10 +94,10 @@ def test_the_loss_of_the_rows_alone(network: str, padding: str, weighting: str |
 
 @pytest.mark.usefixtures('packs')
 @pytest.mark.parametrize('fused', ['auto', False])
-@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('network', UNPADDED)
 def test_every_network_and_all_that_is_returned(network: str, fused: bool | str) -> None:
     net, x, (real, told) = (
-        decoder(num_tokens=VOCAB, **EXACT, **NETWORKS[network]),
+        decoder(num_tokens=VOCAB, **EXACT, **UNPADDED[network]),
         ids(),
         PADDINGS['both sides, by mask'],
     )
@@ -252,18 +240,6 @@ def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
     assert_same_gradients(grads, gradients(wrapper(ids(), lens=ENDS), wrapper), 1e-5, floor=1e-3)
     meta = AutoregressiveWrapper(decoder(num_tokens=VOCAB, layers_depth=2), unpad=True).to('meta')
     assert meta(ids().to('meta'), lens=ENDS.to('meta')).shape == ()
-
-
-class HostCopies(TorchDispatchMode):
-    """Counts the tensors whose values are read, which a GPU would have to wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 def test_how_often_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

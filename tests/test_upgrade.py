@@ -8,15 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import x_transformers
-from networks import assert_same_gradients, decoder, gradients
+from networks import assert_same_gradients, continuous_network, decoder, gradients
 from oracle import expected
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from x_transformers import (
-    ContinuousTransformerWrapper,
-    Decoder,
-    XTransformer,
-)
+from x_transformers import XTransformer
 from x_transformers.gpt_vae import GPTVAE
 
 import xtloss
@@ -40,9 +36,7 @@ def xtransformer(**options: Any) -> XTransformer:
 
 
 def continuous(**options: Any) -> nn.Module:
-    layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
-    net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=16, attn_layers=layers)
-    return x_transformers.ContinuousAutoregressiveWrapper(net, **options)
+    return x_transformers.ContinuousAutoregressiveWrapper(continuous_network(), **options)
 
 
 class Model(nn.Module):
@@ -204,21 +198,18 @@ def test_a_subclass_is_left_alone_and_reported() -> None:
         upgrade_(model['own'].trainer)
 
 
-REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({'fused': False}, ValueError, r'fused is no option of frames \(ContinuousAutoregressiveWrapper\): it has .*'),
-    ({'ignore_index': 0}, ValueError, r'ignore_index is no option of lm.trainer \(AutoregressiveWrapper\): it has .*'),
-    ({'loss_weighting': 'tokens'}, ValueError, 'loss_weighting must be one of .*'),
-    ({'loss_weighting': 1.5}, ValueError, 'loss_weighting must be in .*'),
-    ({'equal_loss_weight_batch': 1}, TypeError, 'equal_loss_weight_batch must be bool, got int'),
-    ({'equal_loss_weight_batch': True, 'loss_weighting': 'token'}, ValueError, 'equal_loss_weight_batch=True stands.*'),
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({'fused': False}, r'fused is no option of frames \(ContinuousAutoregressiveWrapper\): it has .*'),
+    ({'ignore_index': 0}, r'ignore_index is no option of lm.trainer \(AutoregressiveWrapper\): it has .*'),
+    ({'equal_loss_weight_batch': True, 'loss_weighting': 'token'}, 'equal_loss_weight_batch=True stands.*'),
 ]
 
 
-@pytest.mark.parametrize(('options', 'error', 'message'), REFUSED, ids=[str(options) for options, _, _ in REFUSED])
-def test_what_is_refused_changes_nothing(options: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize(('options', 'message'), REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_what_is_refused_changes_nothing(options: dict[str, Any], message: str) -> None:
     model = nn.ModuleDict({'lm': Model(), 'frames': continuous()})
     before = [(type(m), dict(vars(m))) for m in model.modules()]
-    with pytest.raises(error, match=f'^{message}$'):
+    with pytest.raises(ValueError, match=f'^{message}$'):
         upgrade_(model, **options)
     assert [(type(m), dict(vars(m))) for m in model.modules()] == before
 
@@ -226,10 +217,6 @@ def test_what_is_refused_changes_nothing(options: dict[str, Any], error: type[Ex
 def test_nothing_to_upgrade() -> None:
     with pytest.raises(ValueError, match=r'^module must hold a wrapper of x-transformers, got Linear$'):
         upgrade_(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r'^module must be a torch.nn.Module, got dict$'):
-        upgrade_({'model': Model()})
-    with pytest.raises(ValueError, match='fused must be'):
-        upgrade_(Model(), fused='yes')
 
 
 def test_a_forward_of_its_own_would_go_on() -> None:
@@ -271,17 +258,14 @@ def test_a_compiled_model_compiles_anew(how: str) -> None:
     torch._dynamo.reset()
 
 
-def test_inside_distributed_data_parallel(tmp_path: Any) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)))
-        model(ids()).backward()
-        upgrade_(model, equal_loss_weight_batch=True)
-        model.zero_grad()
-        loss = model(ragged(), normalizer=torch.tensor(2.0))
-        loss.backward()
-    finally:
-        dist.destroy_process_group()
+@pytest.mark.usefixtures('process_group')
+def test_inside_distributed_data_parallel() -> None:
+    model = DistributedDataParallel(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)))
+    model(ids()).backward()
+    upgrade_(model, equal_loss_weight_batch=True)
+    model.zero_grad()
+    loss = model(ragged(), normalizer=torch.tensor(2.0))
+    loss.backward()
     alone = xtloss.AutoregressiveWrapper(decoder(num_tokens=VOCAB), equal_loss_weight_batch=True)
     want = alone(ragged(), normalizer=2.0)
     assert loss.item() == pytest.approx(want.item(), rel=1e-6)
@@ -289,23 +273,20 @@ def test_inside_distributed_data_parallel(tmp_path: Any) -> None:
     assert_same_gradients(got, gradients(want, alone), 1e-5)
 
 
-def test_what_is_sharded_is_a_subclass(tmp_path: Any) -> None:
+@pytest.mark.usefixtures('process_group')
+def test_what_is_sharded_is_a_subclass() -> None:
     """FSDP2 gives what it shards a class of its own."""
     fsdp = pytest.importorskip('torch.distributed.fsdp')
     if not hasattr(fsdp, 'fully_shard'):
         pytest.skip('this torch has no fully_shard')
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh('cpu', (1,))
-        wrapper = x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB))
-        fsdp.fully_shard(wrapper, mesh=mesh)
-        with pytest.raises(ValueError, match=r'subclasses are left alone: the module itself \(FSDP'):
-            upgrade_(wrapper)
-        upgraded = upgrade_(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)), loss_weighting='square')
-        fsdp.fully_shard(upgraded, mesh=mesh)
-        assert isinstance(upgraded, xtloss.AutoregressiveWrapper)
-    finally:
-        dist.destroy_process_group()
+    mesh = dist.init_device_mesh('cpu', (1,))
+    wrapper = x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB))
+    fsdp.fully_shard(wrapper, mesh=mesh)
+    with pytest.raises(ValueError, match=r'subclasses are left alone: the module itself \(FSDP'):
+        upgrade_(wrapper)
+    upgraded = upgrade_(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)), loss_weighting='square')
+    fsdp.fully_shard(upgraded, mesh=mesh)
+    assert isinstance(upgraded, xtloss.AutoregressiveWrapper)
 
 
 def test_xtransformers_readme() -> None:

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Stub, Unreachable, assert_same_gradients, decoder, gradients, random_batch
+from networks import WEIGHTINGS, Stub, Unreachable, assert_same_gradients, decoder, gradients, random_batch
 from oracle import differentiable, expected
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, LossBreakdown
 
-NAMES = ('token', 'sequence', 'square', 'padded', 'sequence_sum')
 MASKS = ('ignore', 'lens', 'mask', 'loss_mask', 'loss_weight', 'row_weight')
 VOCAB = 5
 
@@ -79,23 +78,12 @@ def test_the_flag_beside_another_weighting(other: str | float) -> None:
         AutoregressiveWrapper(decoder(), equal_loss_weight_batch=True, loss_weighting=other)
 
 
-@pytest.mark.parametrize('weighting', BY_HAND)
-def test_loss_weight_scales_its_own_token_and_nothing_else(weighting: str | float) -> None:
-    call = MASKED['lens']
-    plain, _ = shares(call, loss_weighting=weighting)
-    tokens = torch.tensor([[9.0, 2.0, 1.0, 0.0], [9.0, -3.0, 5.0, 5.0]])  # column 0 belongs to no target
-    rows = torch.tensor([2.0, -0.5])
-    for loss_weight, factor in ((tokens, tokens[:, 1:]), (rows, rows[:, None])):
-        for got in shares({**call, 'loss_weight': loss_weight}, loss_weighting=weighting):
-            torch.testing.assert_close(got, plain * factor, rtol=1e-9, atol=1e-12)
-
-
 @st.composite
 def cases(draw: Callable[..., Any]) -> dict[str, Any]:
     """A batch of any small shape under any masks, and a weighting."""
     using = draw(st.sets(st.sampled_from(MASKS)))
     batch = random_batch(draw(st.integers(0, 10**6)), draw(st.integers(1, 4)), draw(st.integers(1, 9)), VOCAB, using)
-    weighting = draw(st.one_of(st.sampled_from(NAMES), st.floats(0, 1)))
+    weighting = draw(st.one_of(st.sampled_from(WEIGHTINGS), st.floats(0, 1)))
     return {'batch': batch, 'weighting': weighting}
 
 
@@ -129,7 +117,7 @@ def test_the_oracle_agrees_on_any_logits(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize('fused', ['auto', False])
-@pytest.mark.parametrize('weighting', [*NAMES, 0.3])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_the_oracle_agrees_through_a_network(
     weighting: str | float, fused: str | bool, dtype: torch.dtype, tolerance: float, device: torch.device
 ) -> None:
@@ -152,7 +140,7 @@ def test_the_oracle_agrees_through_a_network(
         assert_same_gradients(gradients(loss, net), gradients(differentiable(logits, batch['x'], want), net), tolerance)
 
 
-@pytest.mark.parametrize('weighting', [*NAMES, 0.3])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 @pytest.mark.parametrize('fused', ['auto', False])
 def test_a_given_normalizer_replaces_z(weighting: str | float, fused: str | bool) -> None:
     wrapper = AutoregressiveWrapper(decoder(dtype=torch.float64), loss_weighting=weighting, fused=fused)
@@ -170,7 +158,7 @@ def test_a_given_normalizer_replaces_z(weighting: str | float, fused: str | bool
 
 
 @pytest.mark.parametrize('masks', [{'lens'}, {'mask', 'loss_mask'}, {'ignore'}])
-@pytest.mark.parametrize('weighting', [*NAMES, 0.3])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_loss_normalizer_is_the_breakdowns(weighting: str | float, masks: set[str]) -> None:
     wrapper = AutoregressiveWrapper(decoder(dtype=torch.float64), loss_weighting=weighting)
     call = random_batch(2, 4, 9, 11, masks) | {'seq_start_pos': torch.tensor([0, 1, 3, 0])}
@@ -180,7 +168,7 @@ def test_loss_normalizer_is_the_breakdowns(weighting: str | float, masks: set[st
     assert wrapper.loss_normalizer(**call).item() == pytest.approx(parts.normalizer.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize('weighting', [*NAMES, 0.3])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_the_returns(weighting: str | float) -> None:
     wrapper = AutoregressiveWrapper(decoder(), loss_weighting=weighting)
     x = torch.randint(0, 11, (2, 6))
