@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,12 +115,15 @@ def test_a_signal_saves_and_the_run_goes_on(monkeypatch, capsys, signum):
 
 def test_resume_starts_afresh_where_there_is_nothing_and_ends_where_all_is_done(monkeypatch, capsys):
     train_enwik8.main([*ARGS, '--resume'])
-    before = state(RUN)[0]
+    before, lies = state(RUN)[0], names()
     capsys.readouterr()
     monkeypatch.setattr(train_enwik8, 'draw', None)  # nothing is trained
+    for name in ('checkpoint-4', 'checkpoint.part'):  # of a process that was killed when it had saved the last one
+        shutil.copytree(RUN / 'checkpoint-6', RUN / name)
     train_enwik8.main([*ARGS, '--resume'])
     assert 'runs/run: 6 of 6 steps are taken' in capsys.readouterr().out.replace('\\', '/')
     assert state(RUN)[0] == before
+    assert names() == lies
 
 
 def test_more_steps_and_a_run_over_an_earlier_one():

@@ -84,10 +84,9 @@ def begin(accelerator: Accelerator, run: Path, config: Config, log: TextIO) -> N
     checkpoint = None
     if accelerator.is_main_process:
         checkpoint = last_checkpoint(run) if config.resume else None
-        if checkpoint is None:
-            start_afresh(run)
-        else:
+        if checkpoint is not None:
             check_resumed(config, load_config(run / CONFIG), run)
+        keep_only(checkpoint, run)
         cut_back(log, run / METRICS, 0 if checkpoint is None else step_of(checkpoint))
         write_whole(run / CONFIG, json.dumps(of_run(config), indent=2) + '\n')
     [checkpoint] = broadcast_object_list([checkpoint])
@@ -95,10 +94,11 @@ def begin(accelerator: Accelerator, run: Path, config: Config, log: TextIO) -> N
         accelerator.load_state(str(checkpoint))
 
 
-def start_afresh(run: Path) -> None:
-    """Delete every checkpoint of an earlier run, the last one last."""
+def keep_only(kept: Path | None, run: Path) -> None:
+    """Delete every other checkpoint of a run, the last one last, and what a process left that was killed."""
     for checkpoint in sorted(checkpoints(run), key=step_of):
-        delete(checkpoint)
+        if checkpoint != kept:
+            delete(checkpoint)
     shutil.rmtree(run / PART, ignore_errors=True)
 
 
@@ -116,9 +116,7 @@ def save(accelerator: Accelerator, run: Path, step: int) -> None:
                 to_disk(path)
             os.rename(part, run / f'checkpoint-{step}')
             to_disk(run)
-            for checkpoint in checkpoints(run):
-                if step_of(checkpoint) != step:
-                    delete(checkpoint)
+            keep_only(run / f'checkpoint-{step}', run)
     accelerator.wait_for_everyone()
 
 
