@@ -84,6 +84,19 @@ def test_numbers_of_numpy_are_numbers() -> None:
         assert global_normalizer(floating(0.5)).item() == 0.5
     assert pack([[True]], max_len=2, pad_value=np.bool_(True))[0].tolist() == [[True, True]]
     assert pack([[np.float64(1), 2]], max_len=2)[0].dtype == torch.float32  # as any number, not as its own dtype
+    assert pack([[True, 2], [np.bool_(True)]], max_len=2)[0].tolist() == [[1, 2], [1, 0]]  # a bool among integers is 1
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(('kind', 'numbers'), [(np.float16, [0.5, 2]), (np.bool_, [True, False])])
+def test_numbers_of_numpy_warn_of_nothing(kind: Any, numbers: Any) -> None:
+    """Those that do not compare with large ones, or are no numbers to torch."""
+    assert pack([[kind(number) for number in numbers]], max_len=2)[0].tolist() == [numbers]
+
+
+def test_frames_of_one_feature_are_padded_with_what_their_dtype_holds() -> None:
+    """`x` as a tensor keeps its dtype, and so what it may be padded with."""
+    assert collate([torch.tensor([1.5])], max_len=2, pad_value=0.5)['x'].tolist() == [[1.5, 0.5]]
 
 
 @pytest.mark.parametrize('pad_value', [float('nan'), float('inf'), -float('inf'), 65504, 1])
