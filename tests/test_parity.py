@@ -76,6 +76,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     'prepend_embeds': ({}, {}, {'prepend_embeds': embeds(B, 3, DIM), 'lens': LENS}),
     'prepend_mask': ({}, {}, {'prepend_embeds': embeds(B, 2, DIM), 'prepend_mask': torch.ones(B, 2).bool()}),
     'mask_prob': ({}, {'mask_prob': 0.3}, {'lens': LENS}),
+    'mask_prob, all keys but one': ({}, {'mask_prob': 0.99}, {}),
     'z-loss': ({}, {'add_attn_z_loss': True}, {}),
     'z-loss, weight': ({}, {'add_attn_z_loss': True}, {'attn_z_loss_weight': 0.1, 'lens': LENS}),
     'cross attention': (
