@@ -51,6 +51,14 @@ def linear_head(net: Any) -> LinearHead:
     return LinearHead(net.token_emb.emb.weight, None, getattr(net, 'tie_embedding_scale', 1.0))
 
 
+def why_not_arguments(arguments: list[str]) -> str | None:
+    """Return which argument of the network's forward may stand between embeddings and loss; None if none does."""
+    for name in arguments:
+        if name not in PLAIN_ARGUMENTS:
+            return f'{name} is given to the network'
+    return None
+
+
 def why_not_linear(net: Any, arguments: list[str]) -> str | None:
     """Return why head and loss cannot be one, given the names of what goes to the network's forward; None if they can.
 
@@ -59,10 +67,7 @@ def why_not_linear(net: Any, arguments: list[str]) -> str | None:
     replaced forwards, of the module or of its class), and no option that does something between the embeddings and the
     logits, or to the logits.
     """
-    for name in arguments:
-        if name not in PLAIN_ARGUMENTS:
-            return f'{name} is given to the network'
-    return _why_not_plain_network(net)
+    return why_not_arguments(arguments) or _why_not_plain_network(net)
 
 
 @constant

@@ -23,7 +23,7 @@ from xtloss.checks import (
     widened,
 )
 from xtloss.losses.linear_cross_entropy import refuse_transforms
-from xtloss.losses.linear_head import why_not_linear
+from xtloss.losses.linear_head import why_not_arguments, why_not_linear
 from xtloss.weighting.targets import Targets, count_targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, check_weighting_types, resolve_weighting
 from xtloss.wrappers.attention_masks import is_known, memory_tokens, prepended_length
@@ -97,8 +97,9 @@ class LossWrapper(nn.Module):
     ) -> Tensor:
         """Return Z of this batch, 0-dim, float32 or wider, without running the network.
 
-        Takes what `forward` takes, and raises what it raises. Sum it over the micro-batches of a step, hand the sum to
-        `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to those of one batch.
+        Takes what `forward` takes, and raises what that raises of its arguments. Sum it over the micro-batches of a
+        step, hand the sum to `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to
+        those of one batch.
         """
         given = {
             'lens': lens,
@@ -157,23 +158,28 @@ class LossWrapper(nn.Module):
         return n, n + before + memory_tokens(self.net)
 
     def _may_fuse(self, given: dict[str, Any]) -> bool:
-        """Whether head and loss may be one in a call with these arguments; ValueError where they must be and cannot."""
-        why_not = self._why_not_fused(given) if self.fused else 'fused=False'
-        if why_not is not None and self.fused and self.fused != 'auto':
-            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
-        return why_not is None
+        """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
+        return bool(self.fused) and self._judge_fused(self._why_not_fused(given))
 
     def _fuses(self, given: dict[str, Any]) -> bool:
-        """Whether head and loss are one in a call that runs the network; RuntimeError under transforms."""
-        fuses = self._may_fuse(given)
+        """Whether head and loss are one in a call; ValueError where they must be and cannot.
+
+        Asked inside `forward` alone: elsewhere the weights of a sharded network are not whole.
+        """
+        fuses = self._may_fuse(given) and self._judge_fused(why_not_linear(self.net, []))
         if fuses:
             refuse_transforms()
         return fuses
 
+    def _judge_fused(self, why_not: str | None) -> bool:
+        if why_not is not None and self.fused != 'auto':
+            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
+        return why_not is None
+
     def _why_not_fused(self, given: dict[str, Any]) -> str | None:
         if given.get('return_outputs', False):
             return 'return_outputs asks for logits'
-        return why_not_linear(self.net, [name for name in given if name not in OF_THE_LOSS])
+        return why_not_arguments([name for name in given if name not in OF_THE_LOSS])
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         """Raise TypeError for an argument that neither `forward` nor the network's forward has."""
