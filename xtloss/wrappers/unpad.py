@@ -71,7 +71,7 @@ def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
             'unpad=True: attn_flash_pack_seq beside an absolute embedding, which has no place for a row of all tokens'
         )
     for name, value in given.items():
-        if name == 'cache' or (name not in OF_THE_BATCH and holds_tensors(value)):
+        if name not in OF_THE_BATCH and holds_tensors(value):
             raise ValueError(f'unpad=True: {name} cannot be given, it does not travel with the tokens')
     for name, t in per_token(given):
         if t.shape[:2] != x.shape:
