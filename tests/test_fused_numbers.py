@@ -173,3 +173,21 @@ def test_a_wide_head_on_a_narrow_trunk(network: dict[str, Any]) -> None:
     assert_same_gradients(gradients(loss, wrapper.net), gradients(want, wrapper.net), 1e-2)
     (grad,) = torch.autograd.grad(wrapper(x), head.weight)
     assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_narrow_logits_are_rounded_once(dtype: torch.dtype) -> None:
+    """Losses and gradients are worked out in float32, chunk by chunk; gradients are then of the dtype of the logits."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 50, generator=draw).to(dtype).requires_grad_()
+    target, counted = torch.randint(50, (40,), generator=draw), torch.rand(40, generator=draw) > 0.3
+    loss = cross_entropy(logits, target, counted)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+
+    exact = logits.detach().double().requires_grad_()
+    want = F.cross_entropy(exact, target, reduction='none') * counted
+    (want_grad,) = torch.autograd.grad(want.sum(), exact)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-6, atol=1e-6)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), want_grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
