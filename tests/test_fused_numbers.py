@@ -191,3 +191,12 @@ def test_narrow_logits_are_rounded_once(dtype: torch.dtype) -> None:
     torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-6, atol=1e-6)
     assert grad.dtype == dtype
     torch.testing.assert_close(grad.double(), want_grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_the_composite_looks_at_each_row_alone() -> None:
+    """Rows that are thousands apart, and one that does not count."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 5, generator=draw) + torch.tensor([[0.0], [3e3], [-3e3], [0.0]])
+    target, counted = torch.tensor([0, 1, 2, 3]), torch.tensor([True, True, True, False])
+    want = F.cross_entropy(logits.double(), target, reduction='none') * counted
+    torch.testing.assert_close(composite_cross_entropy(logits, target, counted).double(), want, rtol=1e-3, atol=0)
