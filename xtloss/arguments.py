@@ -1,0 +1,244 @@
+"""The arguments of the package: what each must be, what the wrappers do with it, and the check of all of them.
+
+Types and dtypes that are wrong raise TypeError, shapes, devices and ranges ValueError, before the network runs. No
+check reads a tensor's values, which would stall a GPU.
+
+Dims: b batch, n positions, d features, p prepended embeddings, m positions of a memory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+from x_transformers.continuous import ContinuousTransformerWrapper
+from x_transformers.x_transformers import AttentionLayers, TransformerWrapper
+
+
+class Argument(NamedTuple):
+    """What is known of an argument of a wrapper's forward, or of the network's."""
+
+    rule: str = ''
+    """The kind of its dtype, or of the number that it is, and its dims, as `check` reads them; '': not checked here."""
+    traits: str = ''
+    """Words of these:
+
+    - loss: it belongs to the wrapper that names it in its forward, and is not handed to the network
+    - counts: it says which targets count
+    - fuses: it reaches the network, and does not matter to what the head reads, does or is read for
+    - apart: it is refused beside ``segment_ids``, as the masks and positions of shared rows have no place for it
+    - unpads: ``unpad`` follows it
+    - travels: the network reads it at each token: ``unpad`` moves it, and XL cuts it, with the tokens
+    - given: it is for given frames, and a rollout, which reads frames that it predicts, refuses it
+    """
+
+
+ARGUMENTS = {
+    'lens': Argument('integer: b', 'loss counts unpads'),
+    'mask': Argument('bool: b n', 'counts fuses unpads'),
+    'loss_mask': Argument('bool: b n', 'loss counts unpads'),
+    'loss_weight': Argument('floating point: b | b n', 'loss unpads'),
+    'seq_start_pos': Argument('integer: b', 'counts fuses unpads'),
+    'segment_ids': Argument('integer: b n', 'loss counts'),
+    'normalizer': Argument('number', 'loss unpads'),
+    'return_outputs': Argument('flag', 'loss'),
+    'return_breakdown': Argument('flag', 'loss'),
+    'rollout_steps': Argument('count', 'loss'),
+    'dropout_mems': Argument('flag', 'loss'),
+    'ttt_recurrent_steps': Argument('count', 'loss'),
+    'prepend_embeds': Argument('floating point: b p width', 'fuses apart'),
+    'prepend_mask': Argument('bool: b p', 'fuses'),
+    'self_attn_kv_mask': Argument('bool: b read+ | 1 read+', 'fuses unpads travels given'),
+    'attn_mask': Argument('bool: i k | h i k | b h i k | 1 h i k', 'fuses given'),
+    'mems': Argument('list of floating point: b m d', 'fuses apart'),
+    'mem_masks': Argument('list of bool: b m', 'fuses'),
+    'pos': Argument('', 'fuses apart given'),
+    'embed_ids': Argument('', 'fuses unpads travels'),
+    'sum_embeds': Argument('', 'fuses unpads travels given'),
+    'condition': Argument('', 'fuses unpads travels'),
+    'in_attn_cond': Argument('', 'fuses given'),
+    'cache': Argument('', 'apart given'),
+    'flash_pack_seq_kwargs': Argument('', 'fuses apart given'),
+    **dict.fromkeys('rotary_pos_emb polar_pos_emb attn_bias self_attn_kv_residuals'.split(), Argument('', 'fuses given')),
+    'deep_embeds_and_ids': Argument('', 'given'),
+    **dict.fromkeys(
+        'transform_token_embeds transform_block_inputs recycle_steps attn_z_loss_weight token_emb_kwargs context '
+        'context_mask context_pos self_attn_additional_kv additional_kv_mask detach_additional_kv '
+        'route_additional_kv_to_top layers_execute_order repeat_blocks cross_attn_kv_residuals '
+        'flash_pack_seq_context_kwargs causal'.split(),
+        Argument('', 'fuses'),
+    ),
+}  # fmt: skip
+
+
+def having(trait: str) -> frozenset[str]:
+    """Return the names of the arguments that have a trait."""
+    return frozenset(name for name, argument in ARGUMENTS.items() if trait in argument.traits.split())
+
+
+def keywords(*functions: Callable[..., Any]) -> frozenset[str]:
+    """Return the names under which arguments can be handed to these functions, whatever their ``**kwargs`` take."""
+    return frozenset(
+        name
+        for function in functions
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != 'self'
+    )
+
+
+OF_LOSS, COUNTING = having('loss'), having('counts')
+OF_NETWORK = keywords(TransformerWrapper.forward, AttentionLayers.forward, ContinuousTransformerWrapper.forward)
+
+
+def refuse_unknown(function: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError, as Python does and with a suggestion, for a keyword that `function` does not know."""
+    known = set(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            raise TypeError(
+                f"{function} got an unexpected keyword argument '{name}'" + (f', is it {close[0]}?' if close else '')
+            )
+
+
+def refuse_given(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raise ValueError, with the reason, for an argument that is given and may not be."""
+    for name, reason in reasons.items():
+        if given.get(name) is not None:
+            raise ValueError(f'{name} cannot be given here: {reason}')
+
+
+# what an argument must be
+
+SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}  # of the same bits
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *SIGNED)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {'bool': (torch.bool,), 'integer': INTEGERS, 'floating point': FLOATS}
+FLOAT32 = torch.finfo(torch.float32)
+
+
+def check(
+    rules: Mapping[str, str], values: Mapping[str, Any], notes: Mapping[str, str] | None = None, **sizes: int
+) -> dict[str, int]:
+    """Check each value that is not None by its rule, and return the sizes of the dims that they have.
+
+    A rule is a kind (bool, integer, floating point, tensor; number, count, flag), and for a tensor its dims, or several
+    of them: ``'floating point: b | b n'``. A dim is bound to its size by the first tensor that has it, or by `sizes`;
+    ``n+`` is n or more, ``...`` any dims. ``'list of bool: b n'`` is a list of such tensors, or None. Tensors must be
+    dense, and on the device of the first.
+
+    Raises:
+        TypeError: a value of the wrong type or dtype.
+        ValueError: of the wrong shape, device or range. Every message names the argument, the rule and what came; that
+            of a shape ends in the argument's note.
+
+    """
+    first, device = None, None
+    for argument, rule in rules.items():
+        kind, _, dims = rule.partition(': ')
+        for name, value in _each(argument, values.get(argument), kind):
+            _check_kind(name, value, kind.removeprefix('list of '))
+            if kind == 'number':
+                _check_normalizer(name, value, device)
+            if not isinstance(value, Tensor) or kind == 'number':
+                continue
+            if dims:
+                fitting = [shape for shape in dims.split(' | ') if _fits(value.shape, shape.split(), sizes)]
+                if not fitting:
+                    shapes = ' or '.join(_shown(shape.split(), sizes) for shape in dims.split(' | '))
+                    like = f' like {first}' if first else ''
+                    note = (notes or {}).get(name, '')
+                    raise ValueError(f'{name} must have shape {shapes}{like}, got {tuple(value.shape)}{note}')
+                for dim, size in zip(fitting[0].split(), value.shape):  # noqa: B905
+                    sizes.setdefault(dim, size)
+            first, device = first or name, device or value.device
+            if value.device != device:
+                raise ValueError(f'{name} must be on {device} like {first}, got {value.device}')
+    return sizes
+
+
+def _each(name: str, value: Any, kind: str) -> Iterator[tuple[str, Any]]:
+    """Yield a value, or all in a list where the kind is one, but for None."""
+    if value is not None and not kind.startswith('list of '):
+        yield name, value
+    elif value is not None:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f'{name} must be a list of tensors, got {type(value).__name__}')
+        yield from ((f'{name}[{k}]', part) for k, part in enumerate(value) if part is not None)
+
+
+def _check_kind(name: str, value: Any, kind: str) -> None:
+    if kind == 'flag' and not isinstance(value, bool):
+        raise TypeError(f'{name} must be bool, got {type(value).__name__}')
+    if kind == 'count':
+        if not is_integer(value):
+            raise TypeError(f'{name} must be int, got {type(value).__name__}')
+        if value < 1:
+            raise ValueError(f'{name} must be >= 1, got {value}')
+    if kind in ('flag', 'count') or (kind == 'number' and is_number(value)):
+        return
+    if not isinstance(value, Tensor):
+        rule = {'number': 'a number or a 0-dim tensor', 'tensor': 'a tensor'}.get(kind, f'{kind}, a tensor')
+        raise TypeError(f'{name} must be {rule}, got {type(value).__name__}')
+    dtypes = DTYPES.get(kind, FLOATS + INTEGERS)
+    if kind != 'tensor' and value.dtype not in dtypes:
+        rule = 'floating point or integer' if kind == 'number' else kind
+        raise TypeError(f'{name} must be {rule}, got {dtype_name(value.dtype)}')
+    if value.is_nested or value.layout != torch.strided:
+        layout = 'nested' if value.is_nested else str(value.layout).removeprefix('torch.')
+        raise TypeError(f'{name} must be a dense tensor, got a {layout} one')
+
+
+def _fits(shape: torch.Size, dims: list[str], sizes: Mapping[str, int]) -> bool:
+    if dims[-1] == '...':
+        dims, shape = dims[:-1], shape[: len(dims) - 1]
+    return len(shape) == len(dims) and all(
+        size >= sizes[dim[:-1]] if dim.endswith('+') else size == sizes.get(dim, int(dim) if dim.isdigit() else size)
+        for dim, size in zip(dims, shape, strict=True)
+    )
+
+
+def _shown(dims: list[str], sizes: Mapping[str, int]) -> str:
+    shown = [f'{sizes[dim[:-1]]} or more' if dim.endswith('+') else str(sizes.get(dim, dim)) for dim in dims]
+    return f'({", ".join(shown)}{"," * (len(shown) == 1)})'
+
+
+def _check_normalizer(name: str, value: Tensor | float, device: torch.device | None) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim > 0:
+            raise ValueError(f'{name} must have shape (), got {tuple(value.shape)}')
+        if device is not None and value.device not in (device, torch.device('cpu')):
+            raise ValueError(f'{name} must be on {device} like x, got {value.device}')
+    elif not FLOAT32.tiny <= plain(value) <= FLOAT32.max:  # a tracer knows no isfinite
+        raise ValueError(f'{name} must be > 0 and finite in float32, got {value}')
+
+
+# numbers and dtypes
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell whether it is a real number, of Python or of numpy; no bool, no tensor."""
+    # a tuple, as torch.compile knows no unions in torch 2.6; numpy registers its numbers as `numbers`
+    return isinstance(value, (int, float, Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Tell whether it is an integer, of Python or of numpy; no bool, no tensor."""
+    return isinstance(value, (int, Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def plain(number: Any) -> float:
+    """Return the number as one of Python's, which can be compared with all others: numpy's float16 cannot."""
+    if isinstance(number, (int, float)):
+        return number
+    return int(number) if isinstance(number, Integral) else float(number)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return float32, as people write it."""
+    return str(dtype).removeprefix('torch.')
