@@ -8,7 +8,6 @@ Dims: b batch, n positions, d features, p prepended embeddings, m positions of a
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
@@ -34,17 +33,18 @@ class Argument(NamedTuple):
     - apart: it is refused beside ``segment_ids``, as the masks and positions of shared rows have no place for it
     - unpads: ``unpad`` follows it
     - travels: the network reads it at each token: ``unpad`` moves it, and XL cuts it, with the tokens
-    - given: it is for given frames, and a rollout, which reads frames that it predicts, refuses it
+    - ids: whatever its integer dtype, the network gets int64: it would take narrower positions for embeddings
+    - framewise: it is for given frames, and a rollout, which reads frames that it predicts, refuses it
     """
 
 
 ARGUMENTS = {
-    'lens': Argument('integer: b', 'loss counts unpads'),
+    'lens': Argument('integer: b', 'loss counts unpads ids'),
     'mask': Argument('bool: b n', 'counts fuses unpads'),
     'loss_mask': Argument('bool: b n', 'loss counts unpads'),
     'loss_weight': Argument('floating point: b | b n', 'loss unpads'),
-    'seq_start_pos': Argument('integer: b', 'counts fuses unpads'),
-    'segment_ids': Argument('integer: b n', 'loss counts'),
+    'seq_start_pos': Argument('integer: b', 'counts fuses unpads ids'),
+    'segment_ids': Argument('integer: b n', 'loss counts ids'),
     'normalizer': Argument('number', 'loss unpads'),
     'return_outputs': Argument('flag', 'loss'),
     'return_breakdown': Argument('flag', 'loss'),
@@ -53,19 +53,22 @@ ARGUMENTS = {
     'ttt_recurrent_steps': Argument('count', 'loss'),
     'prepend_embeds': Argument('floating point: b p width', 'fuses apart'),
     'prepend_mask': Argument('bool: b p', 'fuses'),
-    'self_attn_kv_mask': Argument('bool: b read+ | 1 read+', 'fuses unpads travels given'),
-    'attn_mask': Argument('bool: i k | h i k | b h i k | 1 h i k', 'fuses given'),
-    'mems': Argument('list of floating point: b m d', 'fuses apart'),
+    'self_attn_kv_mask': Argument('bool: b read+ | 1 read+', 'fuses unpads travels framewise'),
+    'attn_mask': Argument('bool: i k | h i k | b h i k | 1 h i k', 'fuses framewise'),
+    'mems': Argument('list of floating point: b m dim', 'fuses apart'),
     'mem_masks': Argument('list of bool: b m', 'fuses'),
-    'pos': Argument('', 'fuses apart given'),
-    'embed_ids': Argument('', 'fuses unpads travels'),
-    'sum_embeds': Argument('', 'fuses unpads travels given'),
+    'pos': Argument('', 'fuses apart ids framewise'),
+    'embed_ids': Argument('', 'fuses unpads travels ids'),
+    'sum_embeds': Argument('', 'fuses unpads travels framewise'),
     'condition': Argument('', 'fuses unpads travels'),
-    'in_attn_cond': Argument('', 'fuses given'),
-    'cache': Argument('', 'apart given'),
-    'flash_pack_seq_kwargs': Argument('', 'fuses apart given'),
-    **dict.fromkeys('rotary_pos_emb polar_pos_emb attn_bias self_attn_kv_residuals'.split(), Argument('', 'fuses given')),
-    'deep_embeds_and_ids': Argument('', 'given'),
+    'cache': Argument('', 'apart framewise'),
+    'flash_pack_seq_kwargs': Argument('', 'fuses apart framewise'),
+    'in_attn_cond': Argument('', 'fuses framewise'),
+    'rotary_pos_emb': Argument('', 'fuses framewise'),
+    'polar_pos_emb': Argument('', 'fuses framewise'),
+    'attn_bias': Argument('', 'fuses framewise'),
+    'self_attn_kv_residuals': Argument('', 'fuses framewise'),
+    'deep_embeds_and_ids': Argument('', 'framewise'),
     **dict.fromkeys(
         'transform_token_embeds transform_block_inputs recycle_steps attn_z_loss_weight token_emb_kwargs context '
         'context_mask context_pos self_attn_additional_kv additional_kv_mask detach_additional_kv '
@@ -76,14 +79,14 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def having(trait: str) -> frozenset[str]:
-    """Return the names of the arguments that have a trait."""
-    return frozenset(name for name, argument in ARGUMENTS.items() if trait in argument.traits.split())
+def having(trait: str) -> tuple[str, ...]:
+    """Return the names of the arguments that have a trait; a tuple, as torch.compile guards no set in torch 2.6."""
+    return tuple(name for name, argument in ARGUMENTS.items() if trait in argument.traits.split())
 
 
-def keywords(*functions: Callable[..., Any]) -> frozenset[str]:
+def keywords(*functions: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names under which arguments can be handed to these functions, whatever their ``**kwargs`` take."""
-    return frozenset(
+    return tuple(
         name
         for function in functions
         for name, parameter in inspect.signature(function).parameters.items()
@@ -96,14 +99,10 @@ OF_NETWORK = keywords(TransformerWrapper.forward, AttentionLayers.forward, Conti
 
 
 def refuse_unknown(function: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError, as Python does and with a suggestion, for a keyword that `function` does not know."""
-    known = set(known)
+    """Raise TypeError, as Python does, for a keyword that `function` does not know."""
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            raise TypeError(
-                f"{function} got an unexpected keyword argument '{name}'" + (f', is it {close[0]}?' if close else '')
-            )
+            raise TypeError(f"{function} got an unexpected keyword argument '{name}'")
 
 
 def refuse_given(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -142,7 +141,7 @@ def check(
     for argument, rule in rules.items():
         kind, _, dims = rule.partition(': ')
         for name, value in _each(argument, values.get(argument), kind):
-            _check_kind(name, value, kind.removeprefix('list of '))
+            check_kind(name, value, kind.removeprefix('list of '))
             if kind == 'number':
                 _check_normalizer(name, value, device)
             if not isinstance(value, Tensor) or kind == 'number':
@@ -172,7 +171,8 @@ def _each(name: str, value: Any, kind: str) -> Iterator[tuple[str, Any]]:
         yield from ((f'{name}[{k}]', part) for k, part in enumerate(value) if part is not None)
 
 
-def _check_kind(name: str, value: Any, kind: str) -> None:
+def check_kind(name: str, value: Any, kind: str) -> None:
+    """Raise TypeError unless it is of this kind, and ValueError for a count below 1."""
     if kind == 'flag' and not isinstance(value, bool):
         raise TypeError(f'{name} must be bool, got {type(value).__name__}')
     if kind == 'count':

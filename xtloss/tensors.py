@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         parts = (map_tensors(function, part) for part in value)
         return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
     if is_dataclass(value) and not isinstance(value, type):
-        changed = copy.copy(value)
-        vars(changed).update(map_tensors(function, vars(value)))
-        return changed
+        return replace(
+            value, **{field.name: map_tensors(function, getattr(value, field.name)) for field in fields(value)}
+        )
     return value
 
 

@@ -63,14 +63,14 @@ def _at_target(z: Tensor, target: Tensor) -> Tensor:
         raise ValueError(f'target must be in [0, {z.shape[1]}): {error}') from error
 
 
-def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor, *, composite: bool = False) -> Tensor:
     """Return the nll of each target in nats, (t,), 0 where it is not counted; whatever the logits are there.
 
     Equals ``torch.where(counted, F.cross_entropy(logits, target, reduction='none'), 0)`` in float32 or wider, for
     logits (t, v), target (t,) in [0, v) and counted (t,) bool. No more than the logits and one tensor of their size are
     alive at once, forward or backward. Differentiable any number of times, and under torch.func.
     """
-    if torch.compiler.is_compiling() or is_transformed(logits):
+    if composite or torch.compiler.is_compiling() or is_transformed(logits):
         return composite_cross_entropy(logits, target, counted)
     return _CrossEntropy.apply(logits, target, counted)
 

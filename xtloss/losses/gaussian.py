@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from x_transformers.continuous import GaussianNLL
-
-from xtloss.losses.linear_head import is_touched
-from xtloss.tracing import constant
 
 MIN_VARIANCE = 1e-6
-
-
-@constant
-def is_gaussian(loss_fn: Any) -> bool:
-    """Whether it is x-transformers' loss of a probabilistic network, as it was written."""
-    return type(loss_fn) is GaussianNLL and not is_touched(loss_fn)
 
 
 def gaussian_nll(predicted: Tensor, target: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ Dims: b batch, n positions, s sequences a row can hold (1, or n with segment ids
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,29 +22,6 @@ class Targets(NamedTuple):
 def next_tokens(t: Tensor) -> Tensor:
     """(b, n, ...) aligned with the inputs -> (b, n-1, ...) aligned with the targets: target i is token i + 1."""
     return t[:, 1:]
-
-
-class Outputs(NamedTuple):
-    """Where among the network's outputs, (r, m), those lie that predict the targets, (b, n-1).
-
-    In the rows of the batch, after what was prepended; the last output of a row predicts no target. Or at `place`.
-    """
-
-    place: Tensor | None = None  # (b, n-1) int64, in the r · m outputs end to end; r · m where there is none
-
-    def at_outputs(self, t: Tensor, shape: Sequence[int]) -> Tensor:
-        """(b, n-1), aligned with the targets -> (r · m,): each at the output that predicts it, else 0."""
-        r, m = shape
-        if self.place is None:
-            return F.pad(t, (m - t.shape[1] - 1, 1)).flatten()
-        return t.new_zeros(r * m + 1).scatter(0, self.place.flatten(), t.flatten())[:-1]
-
-    def to_targets(self, outputs: Tensor, shape: Sequence[int]) -> Tensor:
-        """(r, m, ...), the network's outputs -> (b, n-1, ...): those that predict the targets, else 0."""
-        if self.place is None:
-            return outputs[:, -1 - shape[1] : -1]
-        flat = F.pad(outputs.flatten(0, 1).movedim(0, -1), (0, 1)).movedim(-1, 0)  # (r · m + 1, ...)
-        return flat[self.place]
 
 
 def real_positions(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtloss.checks import check_flag, is_number
+from xtloss.arguments import check_kind, is_number
 from xtloss.weighting.targets import Targets, next_tokens
 
 
@@ -46,13 +46,6 @@ class LossBreakdown(NamedTuple):
     """0-dim, what is added: exit loss, next-embedding loss, attention z-loss, times their coefficients."""
 
 
-def check_weighting_types(loss_weighting: Any, equal_loss_weight_batch: Any) -> None:
-    """Raise TypeError unless they are None, a string or a number, and a bool."""
-    check_flag('equal_loss_weight_batch', equal_loss_weight_batch)
-    if loss_weighting is not None and not isinstance(loss_weighting, str) and not is_number(loss_weighting):
-        raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
-
-
 def resolve_weighting(loss_weighting: Any, equal_loss_weight_batch: Any) -> Weighting:
     """Return the weighting that a name, a power p in [0, 1] (w = L^-p, Z = Σ w), or the flag stands for.
 
@@ -61,19 +54,21 @@ def resolve_weighting(loss_weighting: Any, equal_loss_weight_batch: Any) -> Weig
         ValueError: unknown name, p outside [0, 1], or the flag beside another weighting.
 
     """
-    check_weighting_types(loss_weighting, equal_loss_weight_batch)
+    check_kind('equal_loss_weight_batch', equal_loss_weight_batch, 'flag')
     if loss_weighting is None:
         return WEIGHTINGS['sequence' if equal_loss_weight_batch else 'token']
 
-    if isinstance(loss_weighting, str):
-        if loss_weighting not in WEIGHTINGS:
-            names = ', '.join(WEIGHTINGS)
-            raise ValueError(f'loss_weighting must be one of {names}, or a float in [0, 1], got {loss_weighting!r}')
-        weighting = WEIGHTINGS[loss_weighting]
-    else:
+    if is_number(loss_weighting):
         if not 0 <= loss_weighting <= 1:
             raise ValueError(f'loss_weighting must be in [0, 1] where it is a number, got {loss_weighting}')
         weighting = Weighting(p=float(loss_weighting), q=1.0 - float(loss_weighting))
+    elif not isinstance(loss_weighting, str):
+        raise TypeError(f'loss_weighting must be a name or a number, got {type(loss_weighting).__name__}')
+    elif loss_weighting in WEIGHTINGS:
+        weighting = WEIGHTINGS[loss_weighting]
+    else:
+        names = ', '.join(WEIGHTINGS)
+        raise ValueError(f'loss_weighting must be one of {names}, or a float in [0, 1], got {loss_weighting!r}')
 
     if equal_loss_weight_batch and weighting != WEIGHTINGS['sequence']:
         raise ValueError(
@@ -129,6 +124,11 @@ def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
     nothing = normalizer == 0
     legal = torch.where((normalizer > 0) & (normalizer < torch.inf), normalizer, torch.nan)
     return torch.where(nothing, 0, total / torch.where(nothing, 1, legal))
+
+
+def share_of_step(own: Tensor, normalizer: Tensor) -> Tensor:
+    """Return the share of a batch with Z = own in a step with this normalizer; 1 where there is nothing in either."""
+    return torch.where((own == 0) & (normalizer == 0), 1, normalize(own, normalizer))
 
 
 def breakdown_of(

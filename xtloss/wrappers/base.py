@@ -1,88 +1,72 @@
-"""What all wrappers share: the options that choose a weighting, Z of a batch, and copies that stay whole."""
+"""What all wrappers share: options with defaults, the check of a call, which targets count, and an honest signature."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import reduce
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from functools import reduce, singledispatch
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from xtloss.checks import (
+from xtloss.arguments import (
     ARGUMENTS,
-    check_attn_mask,
-    check_batch,
-    check_dtype,
-    check_key_masks,
-    check_known,
-    check_module,
-    forward_keywords,
-    is_flag,
-    keywords,
-    widened,
+    COUNTING,
+    OF_LOSS,
+    OF_NETWORK,
+    check,
+    check_kind,
+    having,
+    refuse_given,
+    refuse_unknown,
 )
-from xtloss.losses.linear_cross_entropy import refuse_transforms
-from xtloss.losses.linear_head import why_not_arguments, why_not_linear
+from xtloss.tensors import map_tensors, widened
 from xtloss.weighting.targets import Targets, count_targets
-from xtloss.weighting.weights import Weighting, batch_normalizer, check_weighting_types, resolve_weighting
-from xtloss.wrappers.attention_masks import is_known, memory_tokens, prepended_length
-from xtloss.wrappers.memories import OF_LAYERS, check_memory_shapes, check_memory_types, memory_length
-from xtloss.wrappers.rows import OF_THE_LOSS
-from xtloss.wrappers.tied_head import rebind_tied_heads, warn_of_foreign_head
+from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
+from xtloss.wrappers.head import is_untouched, tie_heads, why_not_fused
+from xtloss.wrappers.kept_leak import kept_leak
+from xtloss.wrappers.masks import has_known_attention, prepended_length
+from xtloss.wrappers.rollout import count_rollout
 
-FLAGS = ('return_outputs', 'return_breakdown', 'dropout_mems')
-KEY_MASKS = ('prepend_mask', 'self_attn_kv_mask')
-COUNTING = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
-IDS = ('pos', 'embed_ids')  # of the network: int64, or it takes a position for an embedding
+F = TypeVar('F', bound=Callable[..., Any])
+
+# ends the message about a mask of the inputs alone, which x-transformers takes
+MASK_OF_INPUTS = {
+    'mask': ': it says which positions are real, and the last one of x, a target, is one of them; a mask of the inputs '
+    'x[:, :-1] cannot say so'
+}
+IDS, OF_LAYERS = having('ids'), ('mems', 'mem_masks')
+# what Python alone can find out about a wrapper; torch.compile takes the answer for a constant
+FINDINGS: dict[str, Callable[[Any], Any]] = {
+    'why_not_fused': lambda wrapper: why_not_fused(wrapper.net),
+    'leak': lambda wrapper: kept_leak(wrapper.net, {}),
+    'loss_fn is upstream': lambda wrapper: is_untouched(wrapper.loss_fn),
+}
 
 
 class LossWrapper(nn.Module):
-    """A wrapper with `equal_loss_weight_batch` and `loss_weighting`, plain attributes that may be set at any time.
+    """A wrapper whose options are plain attributes, which may be set at any time, and have defaults here.
 
-    A subclass says by `_checked` what it takes.
+    So a subclass that skips the constructors, or a whole model pickled with upstream's wrapper, has them too.
     """
 
     net: Any
-    ignore_index: int | None = None  # frames have none
-    equal_loss_weight_batch: bool
-    loss_weighting: str | float | None
-    fused: bool | str = False  # a wrapper without a head never fuses
+    equal_loss_weight_batch: bool = False
+    loss_weighting: str | float | None = None
 
-    def __init__(self, net: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Build upstream's wrapper around a network."""
-        check_module('net', net)
-        super().__init__(net, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Build upstream's wrapper; or, as upstream's own base does for who skips it, a bare module."""
+        if args and not isinstance(args[0], nn.Module):
+            raise TypeError(f'net must be a torch.nn.Module, got {type(args[0]).__name__}')
+        if args or kwargs:
+            super().__init__(*args, **kwargs)
+        else:
+            nn.Module.__init__(self)
 
-    def set_loss_options(self, **options: Any) -> None:
-        """Set the options, in the constructor; raise TypeError or ValueError unless they are legal."""
-        for name, value in options.items():
-            setattr(self, name, value)
-        self.check_loss_options()
-        warn_of_foreign_head(self.net)
-
-    @property
-    def weighting(self) -> Weighting:
-        """The weighting that the options stand for; TypeError or ValueError where they stand for none."""
-        return resolve_weighting(self.loss_weighting, self.equal_loss_weight_batch)
-
-    def check_loss_options(self) -> None:
-        """Raise TypeError or ValueError unless the options are legal; types are looked at first."""
-        self._check_option_types()
-        _ = self.weighting
-        if isinstance(self.fused, str) and self.fused != 'auto':
-            raise ValueError(f"fused must be True, False or 'auto', got {self.fused!r}")
-
-    def _check_option_types(self) -> None:
-        check_weighting_types(self.loss_weighting, self.equal_loss_weight_batch)
-        if not is_flag(self.fused) and not isinstance(self.fused, str):
-            raise TypeError(f"fused must be bool or 'auto', got {type(self.fused).__name__}")
-
-    @property
-    def loss_dtype(self) -> torch.dtype:
-        """float32, or wider where a parameter is."""
-        dtypes = {p.dtype for p in self.parameters() if p.is_floating_point()}
-        return reduce(torch.promote_types, dtypes, torch.float32)
+    @torch.compiler.assume_constant_result
+    def _xtloss_finding(self, question: str) -> Any:
+        return FINDINGS[question](self)
 
     def loss_normalizer(
         self,
@@ -97,7 +81,7 @@ class LossWrapper(nn.Module):
     ) -> Tensor:
         """Return Z of this batch, 0-dim, float32 or wider, without running the network.
 
-        Takes what `forward` takes, and raises what that raises of its arguments. Sum it over the micro-batches of a
+        It takes what `forward` takes, and raises what that raises of its arguments. Sum it over the micro-batches of a
         step, hand the sum to `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to
         those of one batch.
         """
@@ -109,90 +93,123 @@ class LossWrapper(nn.Module):
             'segment_ids': segment_ids,
             **network_kwargs,
         }
-        self._refuse_unknown(network_kwargs)
-        x, given = self._checked(x, given)
-        return batch_normalizer(self._count(x, given), self.weighting, self.loss_dtype)
-
-    def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Check all that `forward` was given, by name; return it without what is None, integers as int64."""
-        raise NotImplementedError
-
-    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        counting: dict[str, Any] = {name: given[name] for name in COUNTING if name in given}
-        return count_targets(x, ignore_index=self.ignore_index, prepended=prepended_length(given), **counting)
-
-    def _check_batch(self, x: Tensor, given: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Check x and what says which targets count; return them, integers as int64: narrow and unsigned ones wrap."""
-        self.check_loss_options()
-        flags: dict[str, Any] = {name: given[name] for name in FLAGS if name in given}
-        given = {name: value for name, value in given.items() if value is not None}
-        numbers: dict[str, Any] = {name: given[name] for name in ('normalizer', 'prepend_embeds') if name in given}
-        counting = {name: value for name, value in given.items() if name in ARGUMENTS}
-        masks = {name: given[name] for name in KEY_MASKS if name in given}
-        ids = {name: given[name] for name in IDS if name in given}
-        for name, mask in masks.items():
-            check_dtype(name, mask, 'bool')
-        check_memory_types(given)
-        judges = 'segment_ids' in given or is_known(self.net)  # another network may take another attn_mask
-        attn_mask = given.get('attn_mask') if judges else None
-        if attn_mask is not None:
-            check_dtype('attn_mask', attn_mask, 'bool')
-        width = getattr(self.net, 'emb_dim', None)
-        check_batch(x, flags=flags, width=width, **numbers, **counting, **options)
-        if getattr(self.net, 'has_multiple_heads', False):
-            raise ValueError(f'net must have one head to make logits, got num_output_heads={len(self.net.to_logits)}')
-        check_memory_shapes(given, x)
-        if attn_mask is not None:
-            check_attn_mask(attn_mask, x)
-        prepended = prepended_length(given)
-        before = prepended + memory_length(given.get('mems'))
-        check_key_masks(x, masks, prepended, *self.key_range(x.shape[1], before))
-        for name in OF_LAYERS:
-            layers = list(given.pop(name, []))  # which the network copies
-            if any(layer is not None for layer in layers):
-                given[name] = layers
-        return x if x.is_floating_point() else x.long(), {**given, **widened({**counting, **ids})}
-
-    def key_range(self, n: int, before: int) -> tuple[int, int | None]:
-        """How many keys `self_attn_kv_mask` may tell of: those of the n positions read, and all that is before them."""
-        return n, n + before + memory_tokens(self.net)
-
-    def _may_fuse(self, given: dict[str, Any]) -> bool:
-        """Whether head and loss may be one in a call with these arguments; ValueError where they must be."""
-        return bool(self.fused) and self._judge_fused(self._why_not_fused(given))
-
-    def _fuses(self, given: dict[str, Any]) -> bool:
-        """Whether head and loss are one in a call; ValueError where they must be and cannot.
-
-        Asked inside `forward` alone: elsewhere the weights of a sharded network are not whole.
-        """
-        fuses = self._may_fuse(given) and self._judge_fused(why_not_linear(self.net, []))
-        if fuses:
-            refuse_transforms()
-        return fuses
-
-    def _judge_fused(self, why_not: str | None) -> bool:
-        if why_not is not None and self.fused != 'auto':
-            raise ValueError(f'fused=True, but head and loss cannot be one: {why_not}')
-        return why_not is None
-
-    def _why_not_fused(self, given: dict[str, Any]) -> str | None:
-        if given.get('return_outputs', False):
-            return 'return_outputs asks for logits'
-        return why_not_arguments([name for name in given if name not in OF_THE_LOSS])
-
-    def _refuse_unknown(self, names: Iterable[str]) -> None:
-        """Raise TypeError for an argument that neither `forward` nor the network's forward has."""
-        of_network = forward_keywords(self.net, getattr(self.net, 'attn_layers', None))
-        if of_network is not None:
-            check_known('loss_normalizer()', names, keywords(type(self).forward) | of_network)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, whose tied head would go on reading the embedding of the original."""
-        super().__setstate__(state)
-        rebind_tied_heads(self)
+        x, given = checked(self, x, given)
+        refuse_unknown('loss_normalizer()', given, OF_NETWORK + OF_LOSS)  # or Z would silently be another
+        return batch_normalizer(counted_targets(self, x, given), weighting_of(self), loss_dtype_of(self))
 
     def extra_repr(self) -> str:
         """Show the weighting beside the network."""
         default = 'sequence' if self.equal_loss_weight_batch else 'token'
         return f'loss_weighting={default if self.loss_weighting is None else self.loss_weighting!r}'
+
+
+def shows_upstream(upstream: Callable[..., Any]) -> Callable[[F], F]:
+    """Have a function, which hands its ``**kwargs`` on, show the parameters of upstream's in its signature.
+
+    Whoever filters a config by the signature would lose them without a word.
+    """
+
+    def decorate(function: F) -> F:
+        theirs, ours = (inspect.signature(f).parameters.values() for f in (upstream, function))
+        merged = {p.name: p for p in theirs if p.kind == p.POSITIONAL_OR_KEYWORD}
+        merged |= {p.name: p for p in ours if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if any(p.kind == p.VAR_KEYWORD for p in theirs):
+            merged |= {p.name: p for p in ours if p.kind == p.VAR_KEYWORD}
+        vars(function)['__signature__'] = inspect.Signature([*merged.values()])
+        return function
+
+    return decorate
+
+
+def set_options(wrapper: Any, **options: Any) -> None:
+    """Set the options of a wrapper that has its network; raise TypeError or ValueError unless they are legal."""
+    for name, value in options.items():
+        setattr(wrapper, name, value)
+    check_options(wrapper)
+    tie_heads(wrapper.net)
+
+
+def check_options(wrapper: Any) -> None:
+    """Raise TypeError or ValueError unless the options of a wrapper are legal."""
+    weighting_of(wrapper)
+    for name in ('unpad', 'trust_segments'):
+        check_kind(name, getattr(wrapper, name, False), 'flag')
+    fused = getattr(wrapper, 'fused', False)
+    if not isinstance(fused, (bool, str)):
+        raise TypeError(f"fused must be bool or 'auto', got {type(fused).__name__}")
+    if isinstance(fused, str) and fused != 'auto':
+        raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
+
+
+def weighting_of(wrapper: Any) -> Weighting:
+    """Return the weighting that the options stand for; TypeError or ValueError where they stand for none."""
+    return resolve_weighting(wrapper.loss_weighting, wrapper.equal_loss_weight_batch)
+
+
+def loss_dtype_of(wrapper: nn.Module) -> torch.dtype:
+    """Return float32, or wider where a parameter is."""
+    return reduce(torch.promote_types, {p.dtype for p in wrapper.parameters() if p.is_floating_point()}, torch.float32)
+
+
+@singledispatch
+def checked(wrapper: Any, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Check all that a wrapper was given, by name, as its class registers it; return it as `check_call` does."""
+    raise NotImplementedError
+
+
+def check_call(
+    wrapper: Any,
+    x: Tensor,
+    given: dict[str, Any],
+    names: tuple[str, ...],
+    *,
+    x_rule: str = 'integer: b n',
+    most_read: int | None = None,
+    shorter: int = 0,
+    refused: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Check all that a wrapper was given, by name; return it without what is None, and ids as int64, which never wrap.
+
+    `names` are what the wrapper's forward takes. The network reads the n positions of x but for `shorter`, or at most
+    `most_read` of them at once. What is `refused` is so with a reason, and `notes` end the messages about shapes.
+
+    Raises:
+        TypeError: an argument of another wrapper, or of a wrong type or dtype.
+        ValueError: of a wrong shape, device or range, or one that is refused.
+
+    """
+    check_options(wrapper)
+    given = {name: value for name, value in given.items() if value is not None}
+    refuse_given(given, refused or {})
+    of_others = [name for name in given if name in OF_LOSS and name not in names]
+    refuse_unknown(f'{type(wrapper).__name__}.forward()', of_others, names)
+
+    rules = {'x': x_rule}
+    for name, argument in ARGUMENTS.items():
+        if argument.rule and (name != 'attn_mask' or has_known_attention(wrapper.net)):  # others may take other masks
+            rules[name] = argument.rule
+    values = {'x': x, **given}
+    n = check({'x': x_rule}, values)['n']
+    if n == 0:
+        raise ValueError(f'x must have n >= 1 positions, got {tuple(x.shape)}')
+    width = getattr(wrapper.net, 'emb_dim', None)
+    read = max(n - shorter, 1) if most_read is None else min(most_read, n)
+    check(rules, values, notes, read=read, **({} if width is None else {'width': width}))
+
+    for name in OF_LAYERS:
+        layers = list(given.pop(name, []))  # which the network copies
+        if any(layer is not None for layer in layers):
+            given[name] = layers
+    given = {name: map_tensors(widened, value) if name in IDS else value for name, value in given.items()}
+    return widened(x), given
+
+
+def counted_targets(wrapper: Any, x: Tensor, given: dict[str, Any]) -> Targets:
+    """Count the targets of a batch by all that says which count, or the k frames of each row in a rollout."""
+    if given.get('rollout_steps', 1) > 1:
+        told: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
+        return count_rollout(x, given['rollout_steps'], **told)
+    counting: dict[str, Any] = {name: given[name] for name in COUNTING if name in given}
+    ignore_index = getattr(wrapper, 'ignore_index', None)  # frames have none
+    return count_targets(x, ignore_index=ignore_index, prepended=prepended_length(given), **counting)

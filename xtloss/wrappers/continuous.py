@@ -10,24 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
+from x_transformers.continuous import GaussianNLL
 
-from xtloss.checks import check_flag, refuse_arguments
-from xtloss.losses.cross_entropy import loss_dtype
-from xtloss.losses.gaussian import gaussian_nll, is_gaussian
-from xtloss.weighting.targets import Targets, next_tokens, real_positions
+from xtloss.arguments import OF_LOSS, check_kind, keywords, refuse_given
+from xtloss.losses.gaussian import gaussian_nll
+from xtloss.tensors import loss_dtype
+from xtloss.weighting.targets import next_tokens, real_positions
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
-from xtloss.wrappers.attention_masks import is_known, mask_arguments, precision_of
-from xtloss.wrappers.base import LossWrapper
-from xtloss.wrappers.inputs import join_keys
-from xtloss.wrappers.returns import ReturnsLoss
-from xtloss.wrappers.rollout import count_rollout, refuse_rollout, roll_out
-from xtloss.wrappers.rows import OF_THE_LOSS
-from xtloss.wrappers.stand_in import on_a_stand_in
+from xtloss.wrappers.base import (
+    MASK_OF_INPUTS,
+    LossWrapper,
+    check_call,
+    checked,
+    counted_targets,
+    set_options,
+    shows_upstream,
+    weighting_of,
+)
+from xtloss.wrappers.masks import has_known_attention, join_keys, mask_arguments
+from xtloss.wrappers.rollout import refuse_rollout, roll_out
+from xtloss.wrappers.stand_in import on_rows
 
-NOTES = {
-    'mask': ': it says which frames are real, and the last frame of x, a target, is one of them; a mask of the inputs '
-    'x[:, :-1], which x-transformers takes too, cannot say so'
-}
 REFUSED = {
     'prepend_embeds': 'the outputs would no longer be aligned with the targets',
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
@@ -73,10 +76,9 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
     """
 
-    net: Any
     loss_fn: Any
-    __call__: ReturnsLoss
 
+    @shows_upstream(Upstream.__init__)
     def __init__(
         self,
         net: nn.Module,
@@ -84,13 +86,13 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         use_l1_loss: bool = False,
         equal_loss_weight_batch: bool = False,
         loss_weighting: str | float | None = None,
+        **kwargs: Any,
     ) -> None:
-        check_flag('use_l1_loss', use_l1_loss)
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f'loss_fn must be callable, got {type(loss_fn).__name__}')
-        super().__init__(net, loss_fn, use_l1_loss, equal_loss_weight_batch)
-        self.set_loss_options(equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
+        check_kind('use_l1_loss', use_l1_loss, 'flag')
+        super().__init__(net, loss_fn, use_l1_loss, equal_loss_weight_batch, **kwargs)
+        set_options(self, equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
 
+    @shows_upstream(Upstream.forward)
     def forward(
         self,
         x: Tensor,
@@ -131,83 +133,83 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
                 the network reads frame by frame; a ``loss_fn`` that reduces where there are masks or weights.
 
         """
-        x, given = self._checked(x, {
+        x, given = check_frames(self, x, {
             'rollout_steps': rollout_steps, 'lens': lens, 'mask': mask, 'loss_mask': loss_mask,
             'loss_weight': loss_weight, 'normalizer': normalizer, 'return_breakdown': return_breakdown, **kwargs,
         })  # fmt: skip
-        loss, breakdown = self._loss(x, given) if len(x) else on_a_stand_in(self, self._loss, x, given)
+        loss, breakdown = on_rows(loss_and_breakdown, self, x, given)
         return (loss, breakdown) if return_breakdown else loss
 
-    def _loss(self, x: Tensor, given: dict[str, Any], stand_in: Any = None) -> tuple[Tensor, LossBreakdown]:
-        """The equation: count, run the network, cost, weigh, one sum."""
-        targets = self._count(x, given)
-        counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
-        net, loss_weight = stand_in or self.net, given.get('loss_weight')
-        if given.get('rollout_steps', 1) > 1:
-            out, x, loss_weight = roll_out(net, x, targets, given)
-        else:
-            inputs, arguments = self._rows(x, given)
-            with precision_of(self.net, arguments):
-                out = net(inputs, **arguments)
-            out = out[..., : counted.shape[1], :]  # (b, n-1, d), or a mean and a variance of it
 
-        # replaced before the loss, not after: the gradient of what is not finite is NaN, though it be multiplied by 0
-        frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
-        loss_fn = gaussian_nll if is_gaussian(self.loss_fn) else self.loss_fn
-        losses = loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
-        losses = losses.to(loss_dtype(losses.dtype))
+NAMES = keywords(ContinuousAutoregressiveWrapper.forward)
 
-        if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
-            if stand_in is None and not self._is_plain(given):
-                raise ValueError(
-                    f'loss_fn must return {tuple(frames.shape)} or {tuple(frames.shape[:2])} where there are masks or '
-                    f'weights, got {tuple(losses.shape)}'
-                )
-            losses = losses.mean().expand(counted.shape[:2]) if counted.numel() else out[..., 0]
 
-        losses = losses.mean(dim=-1) if losses.ndim == 3 else losses
-        token_loss = torch.where(targets.counted, losses, 0)  # (b, n-1)
-        weights = batch_weights(targets, self.weighting, token_loss.dtype, loss_weight, given.get('normalizer'))
-        return breakdown_of((weights.weight * token_loss).sum(), token_loss, weights)
+@checked.register
+def check_frames(
+    wrapper: ContinuousAutoregressiveWrapper, x: Tensor, given: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Check all that a wrapper was given, by name; return it as `check_call` does."""
+    x, given = check_call(
+        wrapper, x, given, NAMES, x_rule='floating point: b n d', shorter=1, refused=REFUSED, notes=MASK_OF_INPUTS
+    )
+    refuse_given({name: given.get(name) or None for name in RETURNS}, RETURNS)
+    if given.get('rollout_steps', 1) > 1:
+        refuse_rollout(given)
+    return x, given
 
-    # below the fold: what the lines above call
 
-    def _checked(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        steps = given.get('rollout_steps', 1)
-        x, given = self._check_batch(x, given, kind='floating point', counts={'rollout_steps': steps}, notes=NOTES)
-        refuse_arguments(given, REFUSED)
-        refuse_arguments({name: given.get(name) or None for name in RETURNS}, RETURNS)
-        if steps > 1:
-            refuse_rollout(given)
-        return x, given
+def loss_and_breakdown(
+    wrapper: Any, x: Tensor, given: dict[str, Any], *, has_rows: bool
+) -> tuple[Tensor, LossBreakdown]:
+    """Return the loss by the equation: count, run the network, cost, weigh, one sum; and what it is made of."""
+    targets = counted_targets(wrapper, x, given)
+    counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
+    net, loss_weight = wrapper.net, given.get('loss_weight')
+    if given.get('rollout_steps', 1) > 1:
+        out, x, loss_weight = roll_out(net, x, targets, given)
+    else:
+        inputs, arguments = inputs_and_arguments(net, x, given)
+        out = net(inputs, **arguments)[..., : counted.shape[1], :]  # (b, n-1, d), or a mean and a variance of it
 
-    def key_range(self, n: int, before: int) -> tuple[int, int | None]:
-        """Of all frames but the last."""
-        return super().key_range(max(1, n - 1), before)
+    # what is not counted is replaced before the loss: the gradient of a NaN is NaN, though it be multiplied by 0
+    frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
+    # torch's Gaussian loss reads the values of the variance, which neither meta tensors nor tracers have
+    is_gaussian = type(wrapper.loss_fn) is GaussianNLL and wrapper._xtloss_finding('loss_fn is upstream')
+    loss_fn = gaussian_nll if is_gaussian else wrapper.loss_fn
+    losses = loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
+    losses = losses.to(loss_dtype(losses.dtype))
 
-    def _count(self, x: Tensor, given: dict[str, Any]) -> Targets:
-        if given.get('rollout_steps', 1) == 1:
-            return super()._count(x, given)
-        told: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
-        return count_rollout(x, given['rollout_steps'], **told)
+    if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
+        if has_rows and not is_plain_mean(wrapper, given):
+            raise ValueError(
+                f'loss_fn must return {tuple(frames.shape)} or {tuple(frames.shape[:2])} where there are masks or '
+                f'weights, got {tuple(losses.shape)}'
+            )
+        losses = losses.mean().expand(counted.shape[:2]) if counted.numel() else out[..., 0]
 
-    def _is_plain(self, given: dict[str, Any]) -> bool:
-        """Whether a mean over all elements is the loss."""
-        masks = ('lens', 'mask', 'loss_mask', 'loss_weight', 'seq_start_pos', 'normalizer')
-        asks = given.get('return_breakdown', False) or any(name in given for name in masks)
-        return not asks and self.weighting == WEIGHTINGS['token']
+    losses = losses.mean(dim=-1) if losses.ndim == 3 else losses
+    token_loss = torch.where(targets.counted, losses, 0)  # (b, n-1)
+    weights = batch_weights(targets, weighting_of(wrapper), token_loss.dtype, loss_weight, given.get('normalizer'))
+    return breakdown_of((weights.weight * token_loss).sum(), token_loss, weights)
 
-    def _rows(self, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """All frames but the last, 0 where they are padding, and the other arguments of the network's forward."""
-        inputs = x[:, : max(1, x.shape[1] - 1)]  # a row of one frame is read, for a loss of 0 attached to the graph
-        n = inputs.shape[1]
-        padding = {name: given[name] for name in ('lens', 'mask', 'seq_start_pos') if name in given}
-        if padding:
-            inputs = inputs.masked_fill(~real_positions(x, **padding)[:, :n, None], 0)
-        if is_known(self.net):  # right padding needs no mask: a causal network does not look there
-            padding.pop('lens', None)
-        mask = real_positions(x, **padding)[:, :n] if padding else None
-        hidden = ('mask', 'self_attn_kv_mask', *OF_THE_LOSS)
-        arguments = {name: value for name, value in given.items() if name not in hidden}
-        keys = join_keys([mask, given.get('self_attn_kv_mask')])
-        return inputs, mask_arguments(self.net, keys, arguments, mask=mask, queries=n)
+
+def is_plain_mean(wrapper: Any, given: dict[str, Any]) -> bool:
+    """Tell whether the loss is a mean over all elements, so that it may come from a ``loss_fn`` that reduces."""
+    masks = ('lens', 'mask', 'loss_mask', 'loss_weight', 'seq_start_pos', 'normalizer')
+    asks = given.get('return_breakdown', False) or any(name in given for name in masks)
+    return not asks and weighting_of(wrapper) == WEIGHTINGS['token']
+
+
+def inputs_and_arguments(net: Any, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return all frames but the last, 0 where they are padding, and the other arguments of the network's forward."""
+    n = max(1, x.shape[1] - 1)  # a row of one frame is read, for a loss of 0 attached to the graph
+    inputs = x[:, :n]
+    padding = {name: given[name] for name in ('lens', 'mask', 'seq_start_pos') if name in given}
+    if padding:
+        inputs = inputs.masked_fill(~real_positions(x, **padding)[:, :n, None], 0)
+    if has_known_attention(net):  # right padding needs no mask: a causal network does not look there
+        padding.pop('lens', None)
+    mask = real_positions(x, **padding)[:, :n] if padding else None
+    arguments = {k: v for k, v in given.items() if k not in OF_LOSS and k not in ('mask', 'self_attn_kv_mask')}
+    keys = join_keys(mask, given.get('self_attn_kv_mask'))
+    return inputs, mask_arguments(net, keys, arguments, mask=mask, queries=n)

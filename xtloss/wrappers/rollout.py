@@ -12,25 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xtloss.checks import refuse_arguments
+from xtloss.arguments import OF_LOSS, having, refuse_given
 from xtloss.weighting.targets import Targets, real_positions
-from xtloss.wrappers.rows import OF_THE_LOSS
 
 MIN_VARIANCE = 1e-5
-PER_FRAME = (
-    'attn_bias attn_mask cache deep_embeds_and_ids flash_pack_seq_kwargs in_attn_cond polar_pos_emb pos '
-    'rotary_pos_emb self_attn_kv_mask self_attn_kv_residuals sum_embeds'
-)
 REFUSED = {
     'loss_mask': 'which frames a rollout predicts is drawn',
     'seq_start_pos': 'the rows of a rollout start at their first frame; pad them right',
-    **dict.fromkeys(PER_FRAME.split(), 'it is for given frames, and a rollout reads frames that it predicts'),
+    **dict.fromkeys(having('framewise'), 'it is for given frames, and a rollout reads frames that it predicts'),
 }
 
 
 def refuse_rollout(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError for arguments that a rollout cannot follow."""
-    refuse_arguments(arguments, REFUSED)
+    refuse_given(arguments, REFUSED)
     condition = arguments.get('condition')
     if isinstance(condition, Tensor) and condition.ndim == 3:
         raise ValueError(f'condition must have shape (b, d) in a rollout, got {tuple(condition.shape)}')
@@ -78,7 +73,7 @@ def roll_out(
         them, where no row is long enough; x and loss_weight of the last frame read and the k after it, (b, k+1, ...).
 
     """
-    arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS and name != 'mask'}
+    arguments = {name: value for name, value in given.items() if name not in OF_LOSS and name != 'mask'}
     real, loss_weight = real_positions(x, lens=given.get('lens'), mask=given.get('mask')), given.get('loss_weight')
     steps = targets.counted.shape[1]
     spare = (real.sum(dim=1) - steps).clamp(min=0)  # (b,)
@@ -89,8 +84,8 @@ def roll_out(
     out = predict_frames(net, x, first, targets.counted, arguments)
 
     if loss_weight is not None and loss_weight.ndim == 2:
-        loss_weight = around(loss_weight, first, steps)
-    return out, around(x, first, steps), loss_weight
+        loss_weight = frames_from(loss_weight, first, steps)
+    return out, frames_from(x, first, steps), loss_weight
 
 
 def predict_frames(
@@ -133,7 +128,7 @@ def sample(out: Tensor) -> Tensor:
     return mean + variance.clamp(min=MIN_VARIANCE).sqrt() * torch.randn(mean.shape, device=mean.device)
 
 
-def around(t: Tensor, first: Tensor, steps: int) -> Tensor:
+def frames_from(t: Tensor, first: Tensor, steps: int) -> Tensor:
     """(b, n, ...) -> (b, k+1, ...): the frame before the first one predicted, and the k predicted.
 
     Targets are aligned with it as with any row. Rows of k frames or fewer, which do not count, repeat their last.

@@ -5,81 +5,109 @@ Dims: b batch, n positions, p prepended embeddings; r rows and m positions of wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from xtloss.packing.segments import segment_arguments
-from xtloss.packing.verdict import trusted
-from xtloss.weighting.targets import Outputs, real_positions
-from xtloss.wrappers.attention_masks import is_known, mask_arguments, position_arguments, prepended_length
-from xtloss.wrappers.inputs import join_keys, legal_ids, random_key_mask
+from xtloss.arguments import OF_LOSS
+from xtloss.weighting.targets import real_positions
+from xtloss.wrappers.masks import (
+    has_known_attention,
+    join_keys,
+    mask_arguments,
+    position_arguments,
+    prepended_length,
+)
+from xtloss.wrappers.segments import row_facts, segment_arguments
 from xtloss.wrappers.unpad import plan_rows
 
-# arguments of a wrapper's forward that the network does not get
-OF_THE_LOSS = frozenset(
-    'lens loss_mask loss_weight segment_ids normalizer return_outputs return_breakdown '
-    'rollout_steps dropout_mems ttt_recurrent_steps'.split()
-)
-# and those that it gets as other masks and positions
-OF_MASKS = frozenset('mask self_attn_kv_mask prepend_mask seq_start_pos'.split())
+REAL = ('lens', 'mask', 'seq_start_pos', 'segment_ids')  # the arguments that say which positions are real
+OF_MASKS = frozenset(('mask', 'self_attn_kv_mask', 'prepend_mask', 'seq_start_pos'))  # the network gets others instead
+
+
+class Outputs(NamedTuple):
+    """Where among the network's outputs, (r, m), those lie that predict the targets, (b, n-1).
+
+    In the rows of the batch, after what was prepended; the last output of a row predicts no target. Or at `place`.
+    """
+
+    place: Tensor | None = None  # (b, n-1) int64, in the r · m outputs end to end; r · m where there is none
+
+    def at_outputs(self, t: Tensor, shape: Sequence[int]) -> Tensor:
+        """(b, n-1), aligned with the targets -> (r · m,): each at the output that predicts it, else 0."""
+        r, m = shape
+        if self.place is None:
+            return rearrange(F.pad(t, (m - t.shape[1] - 1, 1)), 'b n -> (b n)')
+        return t.new_zeros(r * m + 1).scatter(0, self.place.flatten(), t.flatten())[:-1]
+
+    def to_targets(self, outputs: Tensor, shape: Sequence[int]) -> Tensor:
+        """(r, m, ...), the network's outputs -> (b, n-1, ...): those that predict the targets, else 0."""
+        if self.place is None:
+            return outputs[:, -1 - shape[1] : -1]
+        flat = rearrange(outputs, 'r m ... -> (r m) ...')
+        return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self.place]
 
 
 class Rows(NamedTuple):
     """What the network reads, and where its outputs lie that predict the targets."""
 
-    ids: Tensor  # (b, n)
+    ids: Tensor  # (r, m)
     arguments: dict[str, Any]
     outputs: Outputs
 
 
-def network_rows(
-    net: Any,
-    x: Tensor,  # (b, n)
-    given: dict[str, Any],
-    *,
-    ignore_index: int,
-    pad_value: int,
-    mask_prob: float,
-    unpad: bool,
-) -> Rows:
-    """Make the rows of a batch from all that a wrapper's forward was given, and has checked."""
-    prepended = prepended_length(given)
-    telling = {name: given.get(name) for name in ('lens', 'mask', 'seq_start_pos', 'segment_ids')}
-    real = real_positions(x, **telling, prepended=prepended)
-    ids = legal_ids(x, ignore_index=ignore_index, pad_value=pad_value, real=real)
-    random_mask = random_key_mask(real, mask_prob) if mask_prob > 0 else None
+def network_rows(wrapper: Any, x: Tensor, given: dict[str, Any], *, unpad: bool) -> Rows:
+    """Make the rows of a batch, (b, n), from all that a wrapper's forward was given, and has checked."""
+    net, prepended = wrapper.net, prepended_length(given)
+    real = real_positions(x, **{name: given.get(name) for name in REAL}, prepended=prepended)
+    ids = legal_ids(x, real, ignore_index=wrapper.ignore_index, pad_value=wrapper.pad_value)
+    random_mask = random_key_mask(real, wrapper.mask_prob) if wrapper.mask_prob > 0 else None
 
     outputs = Outputs()
-    if unpad and (plan := plan_rows(x, given, one_row=trusted(net).varlen)) is not None:
-        ids, given, outputs = plan.take(ids, pad_value), plan.arguments(given), plan.outputs()
+    if unpad and (plan := plan_rows(x, given, one_row=row_facts(net).variable_length)) is not None:
+        ids, given, outputs = plan.take(ids, wrapper.pad_value), plan.arguments(given), Outputs(plan.places())
         random_mask = None if random_mask is None else plan.take(random_mask, True)
 
     n, mask = ids.shape[1], given.get('mask')
-    arguments = {name: value for name, value in given.items() if name not in OF_THE_LOSS}
+    arguments = {name: value for name, value in given.items() if name not in OF_LOSS}
     if 'segment_ids' in given:
         arguments = segment_arguments(net, given['segment_ids'], arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
     arguments.update(position_arguments(net, given.get('seq_start_pos'), n, prepended, arguments.get('pos')))
-    start = given.get('seq_start_pos') if is_known(net) else None  # a network of somebody else's hides what is before
-    keys = visible_positions(ids, given, start, prepended, random_mask)
+    keys = visible_positions(net, ids, given, random_mask)
     return Rows(ids, mask_arguments(net, keys, arguments, mask=mask, queries=prepended + n), outputs)
 
 
-def visible_positions(
-    x: Tensor, given: dict[str, Any], start: Tensor | None, prepended: int, random_mask: Tensor | None
-) -> Tensor | None:
-    """(b, up to p+n) bool: the keys that no argument hides; None where there is no such argument."""
-    n, before = x.shape[1], given.get('prepend_mask')
-    position = torch.arange(prepended + n, device=x.device)
-    return join_keys(
-        [
-            given.get('mask'),
-            random_mask,
-            given.get('self_attn_kv_mask'),
-            None if before is None else F.pad(before, (0, n), value=True),
-            None if start is None else position >= start[:, None],
-        ]
-    )
+def visible_positions(net: Any, ids: Tensor, given: dict[str, Any], random_mask: Tensor | None) -> Tensor | None:
+    """Return (b, up to p+n) bool, the keys that no argument hides; None where no argument hides any."""
+    n, prepended = ids.shape[1], prepended_length(given)
+    before, start = given.get('prepend_mask'), given.get('seq_start_pos')
+    if start is not None and has_known_attention(net):  # another network hides by itself what is before the start
+        started = torch.arange(prepended + n, device=ids.device) >= rearrange(start, 'b -> b 1')
+    else:
+        started = None
+    before = None if before is None else F.pad(before, (0, n), value=True)
+    return join_keys(given.get('mask'), random_mask, given.get('self_attn_kv_mask'), before, started)
+
+
+def legal_ids(x: Tensor, real: Tensor, *, ignore_index: int, pad_value: int) -> Tensor:
+    """Return x, (b, n), with `pad_value` for ignored tokens and padding, whose ids may be anything."""
+    return x.masked_fill((x == ignore_index) | ~real, pad_value)
+
+
+def random_key_mask(real: Tensor, mask_prob: float) -> Tensor:
+    """Return (b, n) bool, False at a random `mask_prob` of the keys of a row, never at its first, or first real, one.
+
+    Liu et al., FCM: Forgetful Causal Masking, 2022, https://arxiv.org/abs/2210.13432. It draws the random numbers that
+    upstream draws.
+    """
+    n = real.shape[1]
+    noise = torch.randn(real.shape, device=real.device)
+    noise[:, 0] = -torch.finfo(noise.dtype).max
+    hidden = noise.topk(min(int(n * mask_prob), n - 1), dim=-1).indices
+    is_first = real & (real.cumsum(dim=1) == 1)
+    return torch.ones_like(real).scatter(1, hidden, False) | is_first

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import x_transformers
 from torch import nn
 
-from xtloss.checks import check_module
 from xtloss.wrappers.autoregressive import AutoregressiveWrapper
-from xtloss.wrappers.base import LossWrapper
+from xtloss.wrappers.base import LossWrapper, check_options, set_options
 from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
 from xtloss.wrappers.xl import XLAutoregressiveWrapper
 
@@ -70,7 +69,8 @@ def upgrade_(module: M, **options: Any) -> M:
             refuses, or a wrapper with a ``forward`` of its own. Nothing has changed then.
 
     """
-    check_module('module', module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f'module must be a torch.nn.Module, got {type(module).__name__}')
     planned: list[tuple[Any, Upgrade, dict[str, Any]]] = []
     left_alone: list[str] = []
     for path, wrapper in module.named_modules():
@@ -89,7 +89,7 @@ def upgrade_(module: M, **options: Any) -> M:
         )
     for wrapper, upgrade, chosen in planned:
         wrapper.__class__ = upgrade.ours
-        wrapper.set_loss_options(**chosen)
+        set_options(wrapper, **chosen)
     if subclasses:
         warnings.warn(subclasses, UserWarning, stacklevel=2)
     return module
@@ -109,5 +109,5 @@ def new_options(name: str, wrapper: nn.Module, upgrade: Upgrade, options: dict[s
 
     bare = upgrade.ours.__new__(upgrade.ours)  # options and nothing else, to be checked as the constructor does
     vars(bare).update(chosen)
-    bare.check_loss_options()
+    check_options(bare)
     return chosen

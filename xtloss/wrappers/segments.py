@@ -5,15 +5,15 @@ Dims: b batch, n positions, h heads, s runs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from x_transformers.attend import Attend
+from x_transformers.x_transformers import AbsolutePositionalEmbedding
 
-from xtloss.checks import check_dtype
-from xtloss.packing.runs import causal_mask, positions_in_run, run_numbers
-from xtloss.packing.verdict import trusted, verdict
+from xtloss.wrappers.runs import causal_mask, positions_in_run, run_numbers
 
 # arguments of the network's forward that move no sequence: tests/test_segments.py proves each
 APART_ARGUMENTS = frozenset(
@@ -35,11 +35,11 @@ def segment_arguments(
     `attn_flash_pack_seq` is handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other.
     Whether the network heeds them is for `check_segments` to say.
     """
-    facts = trusted(net)
+    facts = row_facts(net)
     run = run_numbers(segment_ids)  # (b, n)
-    if facts.absolute:
+    if facts.takes_positions:
         arguments = {**arguments, 'pos': positions_in_run(run)}
-    if facts.varlen:
+    if facts.variable_length:
         return {**arguments, 'flash_pack_seq_kwargs': varlen_arguments(run)}
 
     # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
@@ -50,24 +50,18 @@ def segment_arguments(
     return {**arguments, 'attn_mask': attn_mask}
 
 
-def check_segments(net: nn.Module, rows: int, arguments: dict[str, Any], *, trust: bool, asks: str) -> None:
-    """Judge whether a network, handed these arguments, keeps the sequences in so many rows apart.
+class RowFacts(NamedTuple):
+    """How a network is told of the sequences in a row."""
 
-    With `trust` neither the network nor its own arguments are judged: that they heed the mask is the caller's promise.
-    `asks` is what the message begins with.
+    takes_positions: bool
+    variable_length: bool
 
-    Raises:
-        TypeError: `attn_mask` is not bool.
-        ValueError: naming the option of the network, or the argument, that is not known to keep sequences apart.
 
-    """
-    given = {name: value for name, value in arguments.items() if value is not None}
-    if 'attn_mask' in given:
-        check_dtype('attn_mask', given['attn_mask'], 'bool')
-    judged = trusted(net) if trust else verdict(net)
-    reason = judged.reason or why_not_arguments(list(given), rows, judged.varlen, trust)
-    if reason is not None:
-        raise ValueError(f'{asks}: {reason} is not known to keep the sequences of a row apart')
+def row_facts(net: nn.Module) -> RowFacts:
+    """Stub."""
+    varlen = any(isinstance(m, Attend) and bool(m.flash and getattr(m, 'flash_pack_seq', False)) for m in net.modules())
+    absolute = any(isinstance(m, AbsolutePositionalEmbedding) for m in net.modules())
+    return RowFacts(absolute, varlen)
 
 
 def varlen_arguments(run: Tensor) -> dict[str, Any]:
@@ -84,13 +78,3 @@ def varlen_arguments(run: Tensor) -> dict[str, Any]:
     if not torch.compiler.is_compiling():
         cu_seqlens = cu_seqlens[: int(starts.sum()) + 1]
     return {'cu_seqlens_q': cu_seqlens, 'cu_seqlens_k': cu_seqlens, 'max_seqlen_q': n, 'max_seqlen_k': n}
-
-
-def why_not_arguments(names: list[str], rows: int, varlen: bool, trust: bool) -> str | None:
-    """Return which argument of the network's forward is not known to keep sequences apart; None if all are."""
-    for name in names:
-        if name in NEVER if trust else name not in APART_ARGUMENTS and not name.startswith('return_'):
-            return name
-        if varlen and ('mask' in name or name == 'context'):
-            return f'{name} beside attn_flash_pack_seq'
-    return f'attn_flash_pack_seq on {rows} rows instead of one' if varlen and rows > 1 else None

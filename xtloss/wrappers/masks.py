@@ -1,0 +1,155 @@
+"""How a network is told which keys are real, so that no hidden key moves anything and no query sees the future.
+
+x-transformers takes three masks, each with a fault. `mask` makes the activations of a bfloat16 network float32, and is
+dropped beside `self_attn_kv_mask` and `seq_start_pos`. Under these two a query that sees no key, such as padding on the
+left, attends to every key alike, or is NaN in float64. So the keys are told by `attn_mask`, in which a query that would
+see none sees itself.
+
+Dims: b batch, n positions, p prepended embeddings, m positions of a memory, h heads; i queries, the last of k keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from x_transformers.x_transformers import (
+    AbsolutePositionalEmbedding,
+    Attention,
+    AttentionLayers,
+    DynamicPositionBias,
+    RelativePositionBias,
+    ScaledSinusoidalEmbedding,
+    ShiftTokens,
+)
+
+
+def has_known_attention(net: Any) -> bool:
+    """Tell whether it has the attention layers of x-transformers."""
+    return isinstance(getattr(net, 'attn_layers', None), AttentionLayers)
+
+
+def memory_length(mems: Sequence[Tensor | None] | None) -> int:
+    """Return how many positions of a memory, the same in all layers, are attended to before the row."""
+    return 0 if not mems or mems[0] is None else mems[0].shape[1]
+
+
+def memory_tokens(net: Any) -> int:
+    """Return how many of its own tokens the network puts before every row."""
+    tokens = getattr(net, 'memory_tokens', None)
+    return 0 if tokens is None else len(tokens)
+
+
+def prepended_length(arguments: dict[str, Any]) -> int:
+    """Return how many embeddings the caller puts before every row."""
+    return arguments['prepend_embeds'].shape[1] if 'prepend_embeds' in arguments else 0
+
+
+def join_keys(*masks: Tensor | None) -> Tensor | None:
+    """Return (b, k) bool, the keys that all of these masks show; each ends where the row ends. None for no mask."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    k = max([mask.shape[1] for mask in given])
+    return reduce(and_, [F.pad(mask, (k - mask.shape[1], 0), value=True) for mask in given])
+
+
+def mask_arguments(
+    net: Any,
+    keys: Tensor | None,  # (b, up to k) bool, False where no query may look
+    arguments: dict[str, Any],
+    *,
+    mask: Tensor | None,  # (b, n), as the caller gave it
+    queries: int,
+) -> dict[str, Any]:
+    """Return the arguments of the network's forward under which only `keys` are attended to.
+
+    A network that is not of x-transformers gets `mask` as it came, and `self_attn_kv_mask` where more is hidden.
+    """
+    if not has_known_attention(net):
+        arguments = arguments if mask is None else {**arguments, 'mask': mask}
+        return arguments if keys is mask else {**arguments, 'self_attn_kv_mask': keys}
+    if keys is None and arguments.get('attn_mask') is None:
+        return arguments
+
+    keys, arguments = with_memories(net, keys, arguments, queries)
+    attentions = [module for module in net.modules() if isinstance(module, Attention)]
+    sees_more = memory_tokens(net) > 0 or any(attention.num_mem_kv > 0 for attention in attentions)
+    shifts = mask is not None and any(isinstance(module, ShiftTokens) for module in net.modules())
+    if shifts:  # tokens are shifted by `mask`, and attention would read it too
+        arguments = {**arguments, 'mask': mask}
+    if sees_more or arguments.get('self_attn_additional_kv') is not None:
+        return arguments if keys is None else {**arguments, 'self_attn_kv_mask': keys}
+
+    if shifts and keys is not None:
+        arguments = {**arguments, 'self_attn_kv_mask': torch.ones_like(keys)}
+    windows = [attention.max_attend_past for attention in attentions if attention.max_attend_past is not None]
+    causal = bool(net.attn_layers.causal) and arguments.get('causal') is None
+    attn_mask = visible_keys(
+        queries, keys, attn_mask=arguments.get('attn_mask'), causal=causal, window=min(windows, default=None)
+    )
+    return {**arguments, 'attn_mask': attn_mask}
+
+
+def with_memories(
+    net: Any, keys: Tensor | None, arguments: dict[str, Any], queries: int
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return (b, k) bool, what is real of memories, memory tokens and rows; and the arguments without `mem_masks`."""
+    if keys is None:
+        return None, arguments
+    m = memory_length(arguments.get('mems'))
+    interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
+    k = max(keys.shape[1], m + queries + (0 if interspersed else memory_tokens(net)))
+    masks = arguments.get('mem_masks') or [None]  # of all layers alike
+    of_memory = F.pad(masks[0], (0, k - m), value=True) if masks[0] is not None and m else None
+    everywhere = keys.new_ones(1, k)
+    return join_keys(keys, of_memory, everywhere), {k: v for k, v in arguments.items() if k != 'mem_masks'}
+
+
+def visible_keys(
+    queries: int,
+    keys: Tensor | None = None,  # (b, k) bool; None: all are real
+    *,
+    run: Tensor | None = None,  # (b, k) integers: a key is seen from its own run alone
+    attn_mask: Tensor | None = None,  # (i, k), (h, i, k) or (b, h, i, k) bool
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Return (b, 1 or h, i, k) bool, the keys each query may look at. One that could look at none may see itself."""
+    like = next(t for t in (keys, run, attn_mask) if t is not None)
+    k = like.shape[-1]
+    past = torch.ones(queries, k, dtype=torch.bool, device=like.device).tril(k - queries)
+    masks = [
+        None if keys is None else rearrange(keys, 'b k -> b 1 1 k'),
+        None if run is None else rearrange(run, 'b i -> b 1 i 1') == rearrange(run, 'b k -> b 1 1 k'),
+        attn_mask,
+    ]
+    seen = reduce(and_, [mask for mask in masks if mask is not None])
+    if keys is None and attn_mask is None:  # every query sees itself
+        return seen & past
+    in_reach = seen & (past if window is None else past.triu(k - queries - window))
+    lost = ~in_reach.any(dim=-1, keepdim=True)  # (b, 1 or h, i, 1)
+    itself = past.triu(k - queries)  # the diagonal
+    return (seen & past if causal else seen) | (itself & lost)
+
+
+def position_arguments(net: Any, start: Tensor | None, n: int, prepended: int, pos: Any) -> dict[str, Any]:
+    """Return what tells the network where rows start, (b,), and no more: `seq_start_pos` masks keys besides."""
+    if start is None:
+        return {}
+    if not has_known_attention(net):
+        return {'seq_start_pos': start}
+    layers = net.attn_layers
+    if not isinstance(net.pos_emb, (AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding)):
+        return {}
+    relative = layers.rotary_pos_emb is not None or layers.rel_pos is not None or layers.polar_pos_emb is not None
+    fixed = layers.polar_pos_emb is not None or isinstance(layers.rel_pos, (RelativePositionBias, DynamicPositionBias))
+    if pos is not None or fixed or (prepended and relative):
+        return {'seq_start_pos': start}
+    return {'pos': (torch.arange(n, device=start.device) - rearrange(start, 'b -> b 1')).clamp(min=0)}
