@@ -1,4 +1,4 @@
-"""The checks by themselves: what is a number, a flag, a keyword. Their errors: `test_bad_table.py`."""
+"""The check of arguments by itself: kinds, dims that bind, numbers. Errors of the callables: `test_bad_table.py`."""
 
 from fractions import Fraction
 from typing import Any
@@ -7,78 +7,127 @@ import numpy as np
 import pytest
 import torch
 
-from xtloss.checks import check_batch, check_known, is_flag, is_integer, is_number, keywords, widened
+from xtloss.arguments import INTEGERS, check, is_integer, is_number, keywords, refuse_unknown
+from xtloss.tensors import widened
 
 X = torch.zeros(2, 3, dtype=torch.long)
-EMBEDS = torch.zeros(2, 5, 4)
 
 
 @pytest.mark.parametrize(
-    ('value', 'flag', 'integer', 'number'),
+    ('value', 'integer', 'number'),
     [
-        (True, True, False, False),
-        (np.bool_(False), True, False, False),
-        (3, False, True, True),
-        (np.int8(3), False, True, True),
-        (np.uint64(3), False, True, True),
-        (0.5, False, False, True),
-        (np.float16(0.5), False, False, True),
-        (np.longdouble(0.5), False, False, True),
-        (Fraction(1, 2), False, False, True),
-        (1j, False, False, False),
-        (np.complex64(1), False, False, False),
-        ('1', False, False, False),
-        (None, False, False, False),
-        (torch.tensor(1), False, False, False),
-        (torch.tensor(True), False, False, False),
-        (np.ones(2, dtype=bool), False, False, False),
+        (True, False, False),
+        (3, True, True),
+        (np.int8(3), True, True),
+        (np.uint64(3), True, True),
+        (0.5, False, True),
+        (np.float16(0.5), False, True),
+        (np.longdouble(0.5), False, True),
+        (Fraction(1, 2), False, True),
+        (1j, False, False),
+        (np.complex64(1), False, False),
+        ('1', False, False),
+        (None, False, False),
+        (torch.tensor(1), False, False),
     ],
 )
-def test_what_is_a_flag_an_integer_and_a_number(value: Any, flag: bool, integer: bool, number: bool) -> None:
-    assert (is_flag(value), is_integer(value), is_number(value)) == (flag, integer, number)
+def test_what_is_an_integer_and_a_number(value: Any, integer: bool, number: bool) -> None:
+    assert (is_integer(value), is_number(value)) == (integer, number)
 
 
-def test_embeddings_of_any_width() -> None:
-    """Of a network that does not tell how wide it is."""
-    with pytest.raises(ValueError, match=r'^prepend_embeds must have shape \(2, p, d\), got \(5, 4\)$'):
-        check_batch(X, prepend_embeds=EMBEDS[0])
+RULES = {'x': 'integer: b n', 'weight': 'floating point: b | b n', 'keys': 'bool: b n+ | 1 n+', 'other': 'tensor: b ...'}
+RIGHT: list[dict[str, Any]] = [
+    {},
+    {'weight': torch.ones(2)},
+    {'weight': torch.ones(2, 3).half()},
+    {'keys': torch.ones(2, 3).bool()},
+    {'keys': torch.ones(1, 7).bool()},
+    {'other': torch.ones(2)},
+    {'other': torch.ones(2, 5, 1)},
+]
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({'weight': torch.ones(3)}, ValueError, r'^weight must have shape \(2,\) or \(2, 3\) like x, got \(3,\)$'),
+    ({'weight': torch.ones(2, 4)}, ValueError, r'^weight must have shape .*, got \(2, 4\): as x is$'),
+    ({'weight': X}, TypeError, r'^weight must be floating point, got int64$'),
+    ({'weight': [1.0]}, TypeError, r'^weight must be floating point, a tensor, got list$'),
+    ({'keys': torch.ones(2, 2).bool()}, ValueError, r'^keys must have shape \(2, 3 or more\) or \(1, 3 or more\) like x'),
+    ({'keys': torch.ones(3, 3).bool()}, ValueError, r'got \(3, 3\)$'),
+    ({'other': torch.ones(3, 5)}, ValueError, r'^other must have shape \(2, \.\.\.\) like x, got \(3, 5\)$'),
+    ({'other': torch.ones(2, device='meta')}, ValueError, r'^other must be on cpu like x, got meta$'),
+    ({'other': torch.ones(2).to_sparse()}, TypeError, r'^other must be a dense tensor, got a sparse_coo one$'),
+]
 
 
-def test_check_batch_takes_what_is_legal() -> None:
-    integers = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32)
+@pytest.mark.parametrize('values', RIGHT, ids=str)
+def test_dims_that_fit(values: dict[str, Any]) -> None:
+    sizes = check(RULES, {'x': X, **values})
+    assert (sizes['b'], sizes['n']) == (2, 3)
+
+
+@pytest.mark.parametrize(('values', 'error', 'message'), WRONG, ids=[message for *_, message in WRONG])
+def test_dims_that_do_not(values: dict[str, Any], error: type[Exception], message: str) -> None:
+    notes = {'weight': ': as x is'} if message.endswith('as x is$') else None
+    with pytest.raises(error, match=message):
+        check(RULES, {'x': X, **values}, notes)
+
+
+def test_dims_bind_from_one_argument_to_the_next() -> None:
+    rules = {'embed': 'floating point: N d', 'weight': 'floating point: vocab d', 'bias': 'floating point: vocab'}
+    embed, weight = torch.ones(5, 4), torch.ones(9, 4)
+    assert check(rules, {'embed': embed, 'weight': weight, 'bias': torch.ones(9)})['vocab'] == 9
+    with pytest.raises(ValueError, match=r'^weight must have shape \(vocab, 4\) like embed, got \(9, 3\)$'):
+        check(rules, {'embed': embed, 'weight': weight[:, 1:]})
+    with pytest.raises(ValueError, match=r'^bias must have shape \(9,\) like embed, got \(4,\)$'):
+        check(rules, {'embed': embed, 'weight': weight, 'bias': torch.ones(4)})
+
+
+def test_lists_of_tensors() -> None:
+    rules, mem = {'x': 'integer: b n', 'mems': 'list of floating point: b m d'}, torch.ones(2, 5, 4)
+    check(rules, {'x': X, 'mems': [mem, None, mem]})
+    check(rules, {'x': X, 'mems': ()})
+    with pytest.raises(TypeError, match=r'^mems must be a list of tensors, got Tensor$'):
+        check(rules, {'x': X, 'mems': mem})
+    with pytest.raises(ValueError, match=r'^mems\[1\] must have shape \(2, 5, 4\) like x, got \(2, 4, 4\)$'):
+        check(rules, {'x': X, 'mems': [mem, mem[:, 1:]]})
+
+
+def test_numbers() -> None:
+    rules = {'x': 'integer: b n', 'normalizer': 'number', 'steps': 'count', 'flag': 'flag'}
     for normalizer in (
         1, 2.5, np.float16(3), np.int64(4), Fraction(1, 2), torch.tensor(7e4).half(), torch.tensor(float('nan')),
-        *(torch.tensor(3).to(dtype) for dtype in integers),
+        *(torch.tensor(3).to(dtype) for dtype in INTEGERS),
     ):  # fmt: skip
-        check_batch(X, normalizer=normalizer, prepend_embeds=EMBEDS, width=4, flags={'flag': np.bool_(1)})
-    for dtype in integers:
-        check_batch(X.to(dtype), lens=X[:, 0].to(dtype), segment_ids=X.to(dtype), counts={'steps': np.uint8(1)})
+        check(rules, {'x': X, 'normalizer': normalizer, 'steps': np.uint8(1), 'flag': False})
+    for wrong in (0, -1.0, float('nan'), float('inf'), 1e39, 1e-50, np.float16('inf')):
+        with pytest.raises(ValueError, match=r'^normalizer must be > 0 and finite in float32, got '):
+            check(rules, {'x': X, 'normalizer': wrong})
+    with pytest.raises(ValueError, match=r'^normalizer must have shape \(\), got \(1,\)$'):
+        check(rules, {'normalizer': torch.ones(1)})
+    with pytest.raises(ValueError, match=r'^steps must be >= 1, got 0$'):
+        check(rules, {'steps': 0})
 
 
 def test_widened_integers_neither_wrap_nor_change() -> None:
-    given = {'lens': torch.tensor([65535], dtype=torch.uint16), 'mask': torch.tensor([True]), 'start': None}
-    wide = widened(given)
-    assert (wide['lens'] - 65536).tolist() == [-1]
-    assert wide['lens'].dtype == torch.int64
-    assert wide['mask'] is given['mask']
-    assert wide['start'] is None
+    wide = widened(torch.tensor([65535], dtype=torch.uint16))
+    assert (wide - 65536).tolist() == [-1]
+    assert wide.dtype == torch.int64
+    mask = torch.tensor([True])
+    assert widened(mask) is mask
 
 
 def test_unknown_keywords() -> None:
     def forward(self: Any, x: Any, *args: Any, lens: Any = None, **kwargs: Any) -> None: ...
 
     known = keywords(forward, lambda mask: None)
-    assert known == {'x', 'lens', 'mask'}
-    check_known('loss_normalizer', ['lens', 'mask'], known)
-    with pytest.raises(TypeError, match=r"^loss_normalizer got an unexpected keyword argument 'lenss', is it lens\?$"):
-        check_known('loss_normalizer', ['lens', 'lenss'], known)
-    with pytest.raises(TypeError, match=r"^forward got an unexpected keyword argument 'q'$"):
-        check_known('forward', ['q'], known)
+    assert sorted(known) == ['lens', 'mask', 'x']
+    refuse_unknown('loss_normalizer()', ['lens', 'mask'], known)
+    with pytest.raises(TypeError, match=r"^loss_normalizer\(\) got an unexpected keyword argument 'lenss'$"):
+        refuse_unknown('loss_normalizer()', ['lens', 'lenss'], known)
 
 
 def test_float_normalizers_are_traced() -> None:
     def divided(x: torch.Tensor, normalizer: float) -> torch.Tensor:
-        check_batch(x, normalizer=normalizer, flags={'flag': True}, counts={'steps': 2})
+        check({'x': 'integer: b n', 'normalizer': 'number'}, {'x': x, 'normalizer': normalizer})
         return x.sum() / normalizer
 
     compiled = torch.compile(divided, fullgraph=True, backend='eager')
