@@ -6,8 +6,6 @@ check reads a tensor's values, which would stall a GPU.
 Dims: b batch, n positions, d features, p prepended embeddings, m positions of a memory.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real

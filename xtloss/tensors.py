@@ -1,7 +1,5 @@
 """Tensors, and trees of them: dicts, lists, tuples and dataclasses, as a network takes and returns them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any

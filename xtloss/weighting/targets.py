@@ -3,8 +3,6 @@
 Dims: b batch, n positions, s sequences a row can hold (1, or n with segment ids).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

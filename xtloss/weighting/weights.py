@@ -3,8 +3,6 @@
 Dims: b batch, n positions, s sequences a row can hold.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

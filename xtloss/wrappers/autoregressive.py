@@ -3,8 +3,6 @@
 Dims: b batch, n positions, p prepended embeddings, d width.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -3,8 +3,6 @@
 Dims: b batch, n positions, v vocabulary, l loops.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

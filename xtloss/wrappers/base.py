@@ -1,7 +1,5 @@
 """What all wrappers share: options with defaults, the check of a call, which targets count, and an honest signature."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from functools import reduce, singledispatch
@@ -85,15 +83,10 @@ class LossWrapper(nn.Module):
         step, hand the sum to `global_normalizer`, and that to `forward` as ``normalizer``, and the gradients add up to
         those of one batch.
         """
-        given = {
-            'lens': lens,
-            'mask': mask,
-            'loss_mask': loss_mask,
-            'seq_start_pos': seq_start_pos,
-            'segment_ids': segment_ids,
-            **network_kwargs,
-        }
-        x, given = checked(self, x, given)
+        x, given = checked(self, x, {
+            'lens': lens, 'mask': mask, 'loss_mask': loss_mask, 'seq_start_pos': seq_start_pos,
+            'segment_ids': segment_ids, **network_kwargs,
+        })  # fmt: skip
         refuse_unknown('loss_normalizer()', given, OF_NETWORK + OF_LOSS)  # or Z would silently be another
         return batch_normalizer(counted_targets(self, x, given), weighting_of(self), loss_dtype_of(self))
 
@@ -164,15 +157,14 @@ def check_call(
     names: tuple[str, ...],
     *,
     x_rule: str = 'integer: b n',
-    most_read: int | None = None,
-    shorter: int = 0,
+    unread: int = 0,
     refused: Mapping[str, str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it without what is None, and ids as int64, which never wrap.
 
-    `names` are what the wrapper's forward takes. The network reads the n positions of x but for `shorter`, or at most
-    `most_read` of them at once. What is `refused` is so with a reason, and `notes` end the messages about shapes.
+    `names` are what the wrapper's forward takes, and `unread` is how many positions of x a mask of the keys need not
+    tell of. What is `refused` is so with a reason, and `notes` end the messages about shapes.
 
     Raises:
         TypeError: an argument of another wrapper, or of a wrong type or dtype.
@@ -193,9 +185,8 @@ def check_call(
     n = check({'x': x_rule}, values)['n']
     if n == 0:
         raise ValueError(f'x must have n >= 1 positions, got {tuple(x.shape)}')
-    width = getattr(wrapper.net, 'emb_dim', None)
-    read = max(n - shorter, 1) if most_read is None else min(most_read, n)
-    check(rules, values, notes, read=read, **({} if width is None else {'width': width}))
+    width = {'width': wrapper.net.emb_dim} if hasattr(wrapper.net, 'emb_dim') else {}
+    check(rules, values, notes, read=max(n - unread, 1), **width)
 
     for name in OF_LAYERS:
         layers = list(given.pop(name, []))  # which the network copies

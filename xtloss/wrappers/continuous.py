@@ -3,8 +3,6 @@
 Dims: b batch, n positions, d features.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
 from x_transformers.continuous import GaussianNLL
 
-from xtloss.arguments import OF_LOSS, check_kind, keywords, refuse_given
+from xtloss.arguments import OF_LOSS, keywords
 from xtloss.losses.gaussian import gaussian_nll
 from xtloss.tensors import loss_dtype
 from xtloss.weighting.targets import next_tokens, real_positions
@@ -35,23 +33,13 @@ REFUSED = {
     'prepend_embeds': 'the outputs would no longer be aligned with the targets',
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
 }
-RETURNS = dict.fromkeys(
-    ('return_intermediates', 'return_mems', 'return_attn', 'return_embeddings'), 'forward returns a loss'
-)
 
 
 class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
-    """Upstream's wrapper with a choice of what each target weighs in the loss.
+    """Upstream's wrapper for sequences of frames, with the equation and weightings of `AutoregressiveWrapper`.
 
-    ::
-
-        loss = Σ w[b,i] · ℓ[b,i] / Z                        over the targets i = 1 … n-1 of x, (b, n, d)
-        w[b,i] = loss_weight[b,i] · counted[b,i] · L^(-p)   L: how many targets count in row b
-
-    ℓ is the mean over features of the elementwise loss of frame ``x[b,i]``. `AutoregressiveWrapper` has the table of
-    weightings.
-
-    Where rows are of equal length and nothing is masked it equals upstream's. It differs where that is wrong:
+    ℓ is the mean over features of the elementwise loss of frame ``x[b,i]``, i = 1 … n-1 of x, (b, n, d). Where rows are
+    of equal length and nothing is masked the loss equals upstream's. It differs where that is wrong:
 
     - targets are masked, not inputs: upstream trains the last real frame to predict the first frame of padding;
     - ``equal_loss_weight_batch`` averages over features: upstream sums them, so that its loss is d times too large.
@@ -68,11 +56,7 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
             NaN in the batch. One that reduces further works only where nothing is masked or weighted. None: mean
             squared error, or Gaussian negative log-likelihood (nats) for a network built with ``probabilistic``.
         use_l1_loss: None as ``loss_fn`` is the absolute error.
-        equal_loss_weight_batch: each sequence weighs the same, whatever its length: ``loss_weighting='sequence'``.
-        loss_weighting: 'token', 'sequence', 'square', 'padded', 'sequence_sum', or a number in [0, 1].
-
-    Raises:
-        TypeError, ValueError: options of the wrong type or value, or the flag beside another weighting.
+        equal_loss_weight_batch, loss_weighting: as in `AutoregressiveWrapper`.
 
     """
 
@@ -88,7 +72,6 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         loss_weighting: str | float | None = None,
         **kwargs: Any,
     ) -> None:
-        check_kind('use_l1_loss', use_l1_loss, 'flag')
         super().__init__(net, loss_fn, use_l1_loss, equal_loss_weight_batch, **kwargs)
         set_options(self, equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
 
@@ -108,29 +91,22 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
     ) -> Any:
         """Return the loss of a batch of sequences of frames; float32, or wider where the outputs are wider.
 
-        Takes what `AutoregressiveWrapper.forward` takes, but for outputs, embeddings and segments, of frames:
-
         Args:
             x: (b, n, d), floating point; padding may be NaN.
             rollout_steps: k > 1: in each row of more than k real frames, padded right, the network reads
                 1 + floor(u · (length - k)) of them, u = ``torch.rand(b)``, and predicts the next k, each from those
                 that it predicted; a probabilistic one draws them. These k are the row's targets, L = k, and
                 ``loss_weight`` (b, n) is read at them; shorter rows have none. k passes of the network, with no cache.
-            lens: (b,), integer.
+            lens, loss_mask, loss_weight, normalizer, return_breakdown: as in `AutoregressiveWrapper.forward`.
             mask: (b, n), bool, of all frames: the last is a target too.
-            loss_mask: (b, n), bool.
-            loss_weight: (b,) or (b, n), floating point.
-            normalizer: a number > 0, or 0-dim tensor >= 0, in place of Z.
-            return_breakdown: return a `LossBreakdown` last.
             **kwargs: the network's, as upstream. With ``seq_start_pos`` (b,), frames before it are padding.
 
         Returns:
             ``loss`` or ``(loss, breakdown)``. Where nothing counts the loss is 0 and its gradients are zeros.
 
         Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: of the wrong shape, device or range; a rollout with ``loss_mask``, ``seq_start_pos``, or what
-                the network reads frame by frame; a ``loss_fn`` that reduces where there are masks or weights.
+            TypeError, ValueError: as there; a rollout with ``loss_mask``, ``seq_start_pos``, or what the network reads
+                frame by frame; a ``loss_fn`` that reduces where there are masks or weights.
 
         """
         x, given = check_frames(self, x, {
@@ -150,9 +126,8 @@ def check_frames(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it as `check_call` does."""
     x, given = check_call(
-        wrapper, x, given, NAMES, x_rule='floating point: b n d', shorter=1, refused=REFUSED, notes=MASK_OF_INPUTS
+        wrapper, x, given, NAMES, x_rule='floating point: b n d', unread=1, refused=REFUSED, notes=MASK_OF_INPUTS
     )
-    refuse_given({name: given.get(name) or None for name in RETURNS}, RETURNS)
     if given.get('rollout_steps', 1) > 1:
         refuse_rollout(given)
     return x, given

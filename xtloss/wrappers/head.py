@@ -3,8 +3,6 @@
 Dims: d width, v vocabulary.
 """
 
-from __future__ import annotations
-
 from types import FunctionType
 from typing import Any, NamedTuple
 

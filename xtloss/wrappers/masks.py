@@ -8,8 +8,6 @@ see none sees itself.
 Dims: b batch, n positions, p prepended embeddings, m positions of a memory, h heads; i queries, the last of k keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import reduce
 from operator import and_

@@ -3,8 +3,6 @@
 Dims: b batch, n positions, d features, k steps; the network's output may be a mean and a variance, (2, b, n, d).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

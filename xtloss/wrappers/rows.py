@@ -3,8 +3,6 @@
 Dims: b batch, n positions, p prepended embeddings; r rows and m positions of what the network returns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ x-transformers cannot run on no rows, and a data-parallel rank that got none mus
 others wait for it for ever.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

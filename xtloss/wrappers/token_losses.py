@@ -3,8 +3,6 @@
 Dims: b batch, n positions, d width, v vocabulary; r rows and m positions of what the network returned.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

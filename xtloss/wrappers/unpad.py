@@ -3,8 +3,6 @@
 Dims: b batch, n positions, d width; r rows, m positions in a row.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,10 +1,9 @@
 """XLAutoregressiveWrapper of x-transformers, with every weighting of its loss, over rows, not over their segments.
 
-Dims: b batch, n positions, s positions of a segment, h of a layer's input, m of a memory, d width.
+Dims: b batch, n positions, m positions of a memory, d width.
 """
 
-from __future__ import annotations
-
+import sys
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -31,39 +30,22 @@ REFUSED_BESIDE_MASK = {'self_attn_kv_mask': 'mask says which keys are real'}
 
 
 class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
-    """Upstream's wrapper, for rows longer than the network, with a choice of what each target weighs in the loss.
-
-    ::
-
-        loss = Σ w[b,i] · ℓ[b,i] / Z                        over the targets i = 1 … n-1 of x, (b, n)
-        w[b,i] = loss_weight[b,i] · counted[b,i] · L^(-p)   L: how many targets count in row b
+    """Upstream's wrapper, for rows longer than the network, with the equation and options of `AutoregressiveWrapper`.
 
     ℓ is the cross-entropy of token ``x[b,i]`` in nats, predicted by the network from its segment of the row and the
-    memories of those before. `AutoregressiveWrapper` has the table of weightings. L and Z are of whole rows: segments
-    decide what the network sees, and nothing about the weights.
-
-    Where every target counts it equals upstream's. It differs where some do not: upstream averages each segment by
-    itself, and counts a row that is empty there as a loss of 0.
+    memories of those before. L and Z are of whole rows: segments decide what the network sees, and nothing about the
+    weights. Where every target counts the loss equals upstream's. It differs where some do not: upstream averages each
+    segment by itself, and counts a row that is empty there as a loss of 0.
 
     Memories, truncated backpropagation and test-time training are upstream's. The inner loss of the latter counts as
-    upstream's, by ``ignore_index``, which padding under ``lens`` and ``mask`` is for it.
+    upstream's, by ``ignore_index``, which padding under ``lens`` and ``mask`` is for it; it reads logits, so that head
+    and loss are not one.
 
         >>> model = XLAutoregressiveWrapper(net, loss_weighting='sequence')
         >>> x, lens = torch.randint(0, 16, (2, 21)), torch.tensor([21, 9])  # longer than net.max_seq_len
         >>> loss, breakdown = model(x, lens=lens, return_breakdown=True)
         >>> breakdown.token_loss.shape  # of whole rows
         torch.Size([2, 20])
-
-    Args:
-        net: the network, as upstream.
-        *args: upstream's arguments, as are other keywords.
-        equal_loss_weight_batch: each sequence weighs the same, whatever its length: ``loss_weighting='sequence'``.
-        loss_weighting: 'token', 'sequence', 'square', 'padded', 'sequence_sum', or a number in [0, 1].
-        fused: head and loss of each segment in one pass, as in `AutoregressiveWrapper`; not with test-time training.
-        **kwargs: upstream's.
-
-    Raises:
-        TypeError, ValueError: options of the wrong type or value, or the flag beside another weighting.
 
     """
 
@@ -104,33 +86,24 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         return_breakdown: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Return the loss of a batch of token ids, in nats; float32, or wider where the logits are wider.
-
-        Takes what `AutoregressiveWrapper.forward` takes, but for outputs, embeddings and segment ids, and besides:
+        """Return the loss of a batch of token ids, as `AutoregressiveWrapper.forward` does.
 
         Args:
-            x: (b, n), token ids of any integer dtype; ``ignore_index`` where there is no target.
+            x, lens, mask, loss_mask, loss_weight, normalizer, return_breakdown: as there; ``mask`` is of memories too.
             mems: memories of what came before the rows, (b, m, d) a layer. Where some of that is padding, ``mem_masks``
                 has (b, m) bool for each layer, all alike.
             dropout_mems: let every segment forget those before.
             ttt_recurrent_steps: passes over a segment, each after an update by test-time training.
-            lens: (b,), integer.
-            mask: (b, n), bool, of segments and memories.
-            loss_mask: (b, n), bool.
-            loss_weight: (b,) or (b, n), floating point.
-            normalizer: a number > 0, or 0-dim tensor >= 0, in place of Z.
-            return_breakdown: return a `LossBreakdown` last.
             **kwargs: the network's, as upstream. ``embed_ids``, ``sum_embeds`` and ``condition`` of each token are cut
                 with the segments; each segment gets all of the others. A ``condition`` of each token needs
                 ``dropout_mems``: x-transformers takes it to be of the memories too.
 
         Returns:
-            ``loss`` or ``(loss, breakdown)``. Where nothing counts the loss is 0 and its gradients are zeros.
+            ``loss`` or ``(loss, breakdown)``.
 
         Raises:
-            TypeError: an argument of the wrong type or dtype.
-            ValueError: of the wrong shape, device or range; ``seq_start_pos``; ``self_attn_kv_mask`` beside ``mask``;
-                ``fused=True`` where it cannot be.
+            TypeError, ValueError: as there; ``seq_start_pos``, ``prepend_embeds`` and ``segment_ids``;
+                ``self_attn_kv_mask`` beside ``mask``.
 
         """
         x, given = check_rows(self, x, {
@@ -148,7 +121,8 @@ NAMES = keywords(XLAutoregressiveWrapper.forward)
 @checked.register
 def check_rows(wrapper: XLAutoregressiveWrapper, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it as `check_call` does."""
-    x, given = check_call(wrapper, x, given, NAMES, most_read=0, refused=REFUSED, notes=MASK_OF_INPUTS)
+    # a mask of the keys is for those of each segment, and may be as short
+    x, given = check_call(wrapper, x, given, NAMES, unread=sys.maxsize, refused=REFUSED, notes=MASK_OF_INPUTS)
     steps = given.get('ttt_recurrent_steps', 1)
     if steps > 1 and not trains_at_test_time(wrapper):
         raise ValueError(f'ttt_recurrent_steps must be 1 without test-time training, got {steps}')

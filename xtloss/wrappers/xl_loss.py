@@ -3,8 +3,6 @@
 Dims: b batch, n positions, s positions of a segment, h of a layer's input, m of a memory, d width.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
