@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README, GALLERY, CHOOSING = ROOT / 'README.md', ROOT / 'examples' / 'README.md', ROOT / 'examples' / 'choosing.md'
+EXAMPLES = ROOT / 'examples'
+README, GALLERY, CHOOSING = ROOT / 'README.md', EXAMPLES / 'README.md', EXAMPLES / 'choosing.md'
+RECIPES = EXAMPLES / 'recipes.md'
 BLOCK = re.compile(r'(?P<reason><!-- not run: .+? -->\s*)?^```python\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -22,7 +24,7 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize('page', [README, CHOOSING], ids=['README', 'choosing'])
+@pytest.mark.parametrize('page', [README, CHOOSING, RECIPES], ids=['README', 'choosing', 'recipes'])
 def test_blocks_run_in_order(page: Path) -> None:
     blocks = python_blocks(page.read_text())
     assert blocks, f'{page.name} has no ```python block'
