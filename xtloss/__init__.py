@@ -7,6 +7,7 @@ from xtloss.packing.layout import pack, unpack
 from xtloss.weighting.weights import LossBreakdown
 from xtloss.wrappers.autoregressive import AutoregressiveWrapper
 from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
+from xtloss.wrappers.segment_leak import segment_leak
 from xtloss.wrappers.upgrade import upgrade_
 from xtloss.wrappers.xl import XLAutoregressiveWrapper
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstream
 
 from xtloss.arguments import OF_LOSS, having, keywords, refuse_given
+from xtloss.tensors import has_values
 from xtloss.wrappers.autoregressive_loss import loss_outputs_breakdown
 from xtloss.wrappers.base import LossWrapper, check_call, checked, set_options, shows_upstream
-from xtloss.wrappers.kept_leak import kept_leak, refuse_leak
+from xtloss.wrappers.segment_leak import why_not_apart
 from xtloss.wrappers.stand_in import on_rows
 from xtloss.wrappers.unpad import TELLING, refuse_unpad, unpads
 
@@ -148,7 +149,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             'lens': lens, 'mask': mask, 'loss_mask': loss_mask, 'loss_weight': loss_weight,
             'segment_ids': segment_ids, 'normalizer': normalizer, **kwargs,
         })  # fmt: skip
-        require_apart(self, given)
+        require_apart(self, x, given)
         made = on_rows(loss_outputs_breakdown, self, x, given)
         wanted = (True, return_outputs, return_breakdown)
         returned = tuple(part for part, is_wanted in zip(made, wanted, strict=True) if is_wanted)
@@ -165,18 +166,22 @@ def check_tokens(wrapper: AutoregressiveWrapper, x: Tensor, given: dict[str, Any
     if 'segment_ids' in given:
         refuse_given(given, APART)
     if unpads(wrapper, given):
-        refuse_unpad(x, given)
+        refuse_unpad(wrapper.net, x, given)
     return x, given
 
 
-def require_apart(wrapper: AutoregressiveWrapper, given: dict[str, Any]) -> None:
+def require_apart(wrapper: AutoregressiveWrapper, x: Tensor, given: dict[str, Any]) -> None:
     """Raise ValueError where sequences are to share rows, and the network does not keep them apart, as it measures.
 
     In forward alone: elsewhere the weights of a sharded network are not whole.
     """
-    asks = 'segment_ids' if 'segment_ids' in given else 'unpad=True' if unpads(wrapper, given) else None
-    if asks is None or wrapper.trust_segments:
+    unpad = unpads(wrapper, given) and (torch.compiler.is_compiling() or has_values(x))  # else it goes as it came
+    if wrapper.trust_segments or not (unpad or 'segment_ids' in given):
         return
-    arguments = {name: value for name, value in given.items() if name not in OF_LOSS and name not in TELLING}
-    compiling = torch.compiler.is_compiling()
-    refuse_leak(wrapper._xtloss_finding('leak') if compiling else kept_leak(wrapper.net, arguments), asks)
+    if torch.compiler.is_compiling():
+        reason = wrapper._xtloss_finding('why_not_unpadded' if unpad else 'why_not_apart')
+    else:
+        arguments = {name: value for name, value in given.items() if name not in OF_LOSS and name not in TELLING}
+        reason = why_not_apart(wrapper.net, arguments, short_rows=unpad)
+    if reason is not None:
+        raise ValueError(f'{"unpad=True" if unpad else "segment_ids"}: {reason}')

@@ -23,9 +23,9 @@ from xtloss.tensors import map_tensors, widened
 from xtloss.weighting.targets import Targets, count_targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
 from xtloss.wrappers.head import is_untouched, tie_heads, why_not_fused
-from xtloss.wrappers.kept_leak import kept_leak
 from xtloss.wrappers.masks import has_known_attention, prepended_length
 from xtloss.wrappers.rollout import count_rollout
+from xtloss.wrappers.segment_leak import why_not_apart
 
 F = TypeVar('F', bound=Callable[..., Any])
 
@@ -38,7 +38,8 @@ IDS, OF_LAYERS = having('ids'), ('mems', 'mem_masks')
 # what Python alone can find out about a wrapper; torch.compile takes the answer for a constant
 FINDINGS: dict[str, Callable[[Any], Any]] = {
     'why_not_fused': lambda wrapper: why_not_fused(wrapper.net),
-    'leak': lambda wrapper: kept_leak(wrapper.net, {}),
+    'why_not_apart': lambda wrapper: why_not_apart(wrapper.net, None, short_rows=False),
+    'why_not_unpadded': lambda wrapper: why_not_apart(wrapper.net, None, short_rows=True),
     'loss_fn is upstream': lambda wrapper: is_untouched(wrapper.loss_fn),
 }
 

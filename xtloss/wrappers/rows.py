@@ -20,7 +20,7 @@ from xtloss.wrappers.masks import (
     position_arguments,
     prepended_length,
 )
-from xtloss.wrappers.segments import row_facts, segment_arguments
+from xtloss.wrappers.segments import segment_arguments, segment_support
 from xtloss.wrappers.unpad import plan_rows
 
 REAL = ('lens', 'mask', 'seq_start_pos', 'segment_ids')  # the arguments that say which positions are real
@@ -66,7 +66,7 @@ def network_rows(wrapper: Any, x: Tensor, given: dict[str, Any], *, unpad: bool)
     random_mask = random_key_mask(real, wrapper.mask_prob) if wrapper.mask_prob > 0 else None
 
     outputs = Outputs()
-    if unpad and (plan := plan_rows(x, given, one_row=row_facts(net).variable_length)) is not None:
+    if unpad and (plan := plan_rows(x, given, one_row=segment_support(net).variable_length)) is not None:
         ids, given, outputs = plan.take(ids, wrapper.pad_value), plan.arguments(given), Outputs(plan.places())
         random_mask = None if random_mask is None else plan.take(random_mask, True)
 

@@ -1,9 +1,7 @@
 """Several sequences in one row: what the network is handed to keep them apart.
 
-Dims: b batch, n positions, h heads, s runs.
+Dims: b batch, n positions, s runs of equal ids.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -13,14 +11,25 @@ from torch import Tensor, nn
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import AbsolutePositionalEmbedding
 
-from xtloss.wrappers.runs import causal_mask, positions_in_run, run_numbers
+from xtloss.wrappers.masks import visible_keys
 
-# arguments of the network's forward that move no sequence: tests/test_segments.py proves each
-APART_ARGUMENTS = frozenset(
-    'mask self_attn_kv_mask attn_mask context context_mask condition in_attn_cond embed_ids sum_embeds recycle_steps '
-    'looped_steps max_looped_steps layers_execute_order repeat_blocks attn_z_loss_weight'.split()
-)
-NEVER = frozenset({'prepend_embeds', 'mems', 'cache', 'pos', 'flash_pack_seq_kwargs'})  # these masks do not fit them
+
+class SegmentSupport(NamedTuple):
+    """How a network is told where the sequences of a row begin and end."""
+
+    takes_positions: bool
+    """Its embedding is absolute, so that each sequence needs positions that begin at 0."""
+    variable_length: bool
+    """It was built with `attn_flash_pack_seq`: flash-attn takes the lengths of the sequences, in place of a mask."""
+
+
+def segment_support(net: nn.Module) -> SegmentSupport:
+    """Return how a network is told, whatever is around its modules."""
+    modules = list(net.modules())
+    return SegmentSupport(
+        takes_positions=any(isinstance(m, AbsolutePositionalEmbedding) for m in modules),
+        variable_length=any(isinstance(m, Attend) and bool(m.flash and m.flash_pack_seq) for m in modules),
+    )
 
 
 def segment_arguments(
@@ -33,38 +42,35 @@ def segment_arguments(
     `attn_mask` is joined with the causal mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each
     run, but only where the embedding is absolute: relative encodings need none. A network built with
     `attn_flash_pack_seq` is handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other.
-    Whether the network heeds them is for `check_segments` to say.
+    Whether the network heeds them is for `segment_leak` to say.
+
+    Raises:
+        ValueError: several rows for `attn_flash_pack_seq`, which would read the lengths of the first.
+
     """
-    facts = row_facts(net)
-    run = run_numbers(segment_ids)  # (b, n)
-    if facts.takes_positions:
+    takes_positions, variable_length = segment_support(net)
+    run = F.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(dim=-1), (1, 0))  # (b, n), from 0 in each row
+    if takes_positions:
         arguments = {**arguments, 'pos': positions_in_run(run)}
-    if facts.variable_length:
-        return {**arguments, 'flash_pack_seq_kwargs': varlen_arguments(run)}
+    if variable_length:
+        if len(run) > 1:
+            raise ValueError(f'a network built with attn_flash_pack_seq takes segment_ids of one row, got {len(run)}')
+        return {**arguments, 'flash_pack_seq_kwargs': variable_lengths(run)}
 
     # causal here already: the network looks for positions that see nothing before it makes its own mask causal, and
     # those that it overlooks it lets attend to everything
-    attn_mask = causal_mask(run)  # (b, 1, n, n)
-    if arguments.get('attn_mask') is not None:
-        attn_mask = attn_mask & arguments['attn_mask']  # (n, n), (h, n, n) or (b, h, n, n), as the network reads them
+    attn_mask = visible_keys(run.shape[1], run=run, attn_mask=arguments.get('attn_mask'))
     return {**arguments, 'attn_mask': attn_mask}
 
 
-class RowFacts(NamedTuple):
-    """How a network is told of the sequences in a row."""
-
-    takes_positions: bool
-    variable_length: bool
-
-
-def row_facts(net: nn.Module) -> RowFacts:
-    """Stub."""
-    varlen = any(isinstance(m, Attend) and bool(m.flash and getattr(m, 'flash_pack_seq', False)) for m in net.modules())
-    absolute = any(isinstance(m, AbsolutePositionalEmbedding) for m in net.modules())
-    return RowFacts(absolute, varlen)
+def positions_in_run(run: Tensor) -> Tensor:
+    """(b, n) run numbers -> (b, n) int64: how far each position is from the start of its run."""
+    position = torch.arange(run.shape[1], device=run.device).expand_as(run)
+    starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
+    return position - torch.where(starts, position, 0).cummax(dim=-1).values
 
 
-def varlen_arguments(run: Tensor) -> dict[str, Any]:
+def variable_lengths(run: Tensor) -> dict[str, Any]:
     """(1, n) run numbers -> the arguments of flash-attn's `flash_attn_varlen_func` for self-attention inside the runs.
 
     cu_seqlens, (s + 1,) int32, holds where each of the s runs starts, and n. Its size depends on the data: a host sync.

@@ -13,6 +13,7 @@ from xtloss.arguments import having
 from xtloss.packing.layout import Layout, best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
 from xtloss.tensors import has_values, map_tensors
 from xtloss.weighting.targets import real_positions
+from xtloss.wrappers.segments import segment_support
 
 TELLING = ('lens', 'mask', 'seq_start_pos')  # the arguments that say which tokens are real
 TRAVELS = having('travels')
@@ -64,8 +65,10 @@ def unpads(wrapper: Any, given: dict[str, Any]) -> bool:
     return wrapper.unpad and 'segment_ids' not in given and any(name in given for name in TELLING)
 
 
-def refuse_unpad(x: Tensor, given: dict[str, Any]) -> None:
-    """Raise ValueError for an argument that cannot follow the tokens, whatever the batch holds."""
+def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
+    """Raise ValueError for an argument, or a network, that cannot follow the tokens, whatever the batch holds."""
+    if all(segment_support(net)):
+        raise ValueError('unpad=True: a row of all tokens may be longer than the absolute embedding of this network')
     for name, value in given.items():
         tensors: list[Tensor] = []
         map_tensors(tensors.append, value)
