@@ -1,9 +1,10 @@
-"""The path of accelerators, forced on a CPU: the same values, compiled or not, few compilations, else one warning."""
+"""The loop of accelerators, forced on a CPU: the same values, compiled or not, few compilations, else one warning."""
 
 import functools
+import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,19 +14,22 @@ from networks import assert_same_gradients, decoder, gradients
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from xtloss import AutoregressiveWrapper
-from xtloss.losses import accelerated
+from xtloss.losses import chunked
+from xtloss.losses.cross_entropy import softplus
 
+COMPILED = chunked.compiled
 X = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(1))
 SIZES = [(0, 3, 7, None), (1, 1, 2, None), (5, 3, 7, 2), (7, 4, 1, 3), (37, 16, 65, 8), (67, 33, 129, None)]  # N, d, V
 
 
 @pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Any device is an accelerator, until it is found to lack a compiler. Kernels run as they are written."""
-    monkeypatch.setattr(accelerated, 'without_compiler', set())
-    monkeypatch.setattr(accelerated, 'is_accelerated', lambda device: device.type not in accelerated.without_compiler)
-    monkeypatch.setattr(accelerated, 'kernel', lambda function: function)
-    return monkeypatch
+def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Any device is an accelerator, unless it lacks a compiler. What is compiled elsewhere runs as it is written."""
+    chunked.has_compiler.cache_clear()
+    monkeypatch.setattr(chunked, 'is_accelerated', lambda embed: chunked.has_compiler(embed.device.type))
+    monkeypatch.setattr(chunked, 'compiled', lambda function: function)
+    yield monkeypatch
+    chunked.has_compiler.cache_clear()
 
 
 def assert_right(dtype: torch.dtype, bias: bool, *size: Any) -> None:
@@ -54,29 +58,42 @@ def test_values_and_gradients(size: tuple[int, int, int, int | None], dtype: tor
 @pytest.mark.filterwarnings('ignore')  # torch's own, of its compiler
 @pytest.mark.skipif(not has_compiler(), reason='no compiler')
 @pytest.mark.parametrize(('dtype', 'bias'), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)])
-def test_compiled_kernels(dtype: torch.dtype, bias: bool, forced: pytest.MonkeyPatch) -> None:
+def test_really_compiled(dtype: torch.dtype, bias: bool, forced: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    forced.setattr(accelerated, 'kernel', functools.partial(torch.compile, dynamic=True, fullgraph=True))
+    forced.setattr(chunked, 'compiled', COMPILED)
     assert_right(dtype, bias, 37, 16, 65, 8)
-    assert not accelerated.without_compiler
     torch._dynamo.reset()
 
 
 def test_token_counts_do_not_compile_again(forced: pytest.MonkeyPatch) -> None:
-    """Ten batches, of chunks that end with shorter ones: two compilations of each kernel at most."""
+    """Ten batches, of chunks that end with shorter ones: two compilations of each function at most."""
     torch._dynamo.reset()
     counters: dict[Callable[..., Any], CompileCounterWithBackend] = {}
 
     @functools.cache
-    def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         counters[function] = CompileCounterWithBackend('eager')
         return torch.compile(function, backend=counters[function], dynamic=True, fullgraph=True)
 
-    forced.setattr(accelerated, 'kernel', kernel)
+    forced.setattr(chunked, 'compiled', compiled)
     for n in (40, 37, 64, 1, 2, 33, 100, 65, 7, 50):
         assert_right(torch.float32, False, n, 8, 33, 32)
-    assert counters.keys() == {accelerated.row_terms, accelerated.write_gradient}
+    assert counters.keys() == {softplus, chunked.row_terms, chunked.write_gradient}
     assert all(counter.frame_count <= 2 for counter in counters.values())
+    torch._dynamo.reset()
+
+
+def test_beyond_the_limit_of_compilations(forced: pytest.MonkeyPatch) -> None:
+    """Where dynamo compiles no more for other dtypes, biases and chunks of one token, they run, with no warning."""
+    torch._dynamo.reset()
+    compiled = torch.compile
+    forced.setattr(torch, 'compile', lambda function, **options: compiled(function, backend='eager', **options))
+    forced.setattr(chunked, 'compiled', functools.cache(COMPILED.__wrapped__))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', RuntimeWarning)
+        for dtype, bias in itertools.product([torch.float32, torch.bfloat16, torch.float16], [False, True]):
+            assert_right(dtype, bias, 9, 3, 7, 4)
+    assert chunked.has_compiler('cpu')
     torch._dynamo.reset()
 
 
@@ -84,26 +101,32 @@ def test_no_compiler_is_said_once(forced: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
 
     def fails(function: Callable[..., Any]) -> Callable[..., Any]:
-        calls['kernel'] += 1
+        calls['compiled'] += 1
         raise RuntimeError('Cannot find a working triton installation')
 
-    forced.setattr(accelerated, 'kernel', fails)
+    forced.setattr(chunked, 'compiled', fails)
     with pytest.warns(RuntimeWarning, match='no compiler for cpu: .*Cannot find a working triton'):
         assert_right(torch.float32, True, 9, 3, 7, 4)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert_right(torch.bfloat16, True, 9, 3, 7, 4)
-    assert calls['kernel'] == 1
+    assert calls['compiled'] == 1
 
 
-def test_a_lack_of_memory_is_no_lack_of_a_compiler(forced: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ('error', 'trivial'), [(RuntimeError, False), (torch.OutOfMemoryError, False), (torch.OutOfMemoryError, True)]
+)
+def test_other_errors_are_no_lack_of_a_compiler(
+    error: type[Exception], trivial: bool, forced: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> None:
-        raise torch.OutOfMemoryError('out of memory')
+        raise error('it failed')
 
-    forced.setattr(accelerated, 'kernel', lambda function: fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    forced.setattr(chunked, 'compiled', lambda function: function if function is softplus and not trivial else fails)
+    with pytest.raises(error, match='it failed'):
         problem(9, 3, 7).solve()
-    assert not accelerated.without_compiler
+    forced.setattr(chunked, 'compiled', lambda function: function)
+    assert chunked.has_compiler('cpu')
 
 
 @pytest.mark.usefixtures('forced')
@@ -121,9 +144,9 @@ def test_frozen_parts_cost_nothing(needed: tuple[bool, bool]) -> None:
 def test_logits_stay_in_the_dtype_of_the_product(dtype: torch.dtype, forced: pytest.MonkeyPatch) -> None:
     """And their gradient is written over them, but in float16, whose products run in float32."""
     seen = []
-    forced.setattr(accelerated, 'kernel', lambda function: lambda *args: (seen.append(args), function(*args))[1])
+    forced.setattr(chunked, 'compiled', lambda function: lambda *args: (seen.append(args), function(*args))[1])
     problem(8, 4, 65, dtype=dtype).solve()
-    (z, *_), (again, *_, out) = seen
+    (z, *_), (again, *_, out) = (args for args in seen if len(args) > 1)
     assert z is again
     assert z.dtype == dtype
     assert out is z if dtype != torch.float16 else out.dtype == torch.float32
@@ -141,7 +164,7 @@ def test_the_wrapper(network: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures('forced')
 def test_inside_a_compiled_graph() -> None:
-    """There it is one node, whose kernels run when the graph does."""
+    """There it is one node, whose loop runs when the graph does."""
     torch._dynamo.reset()
     p = problem(37, 8, 65, dtype=torch.float32)
     loss, _ = torch.compile(Problem.solve, backend='aot_eager', fullgraph=True)(p)

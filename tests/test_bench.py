@@ -9,7 +9,7 @@ import pytest
 import torch
 from fused_problem import has_compiler
 
-from xtloss.losses import accelerated
+from xtloss.losses import chunked
 
 EXAMPLES = Path(__file__).parent.parent / 'examples' / 'benchmarks'
 TINY: dict[str, Any] = {'tokens': 64, 'dim': 32, 'vocab': 100, 'depth': 1, 'rounds': 1, 'seconds': 0.0, 'threads': 1}
@@ -120,9 +120,9 @@ def test_loads_and_stores_of_the_generated_code(bench: ModuleType) -> None:
     z, target, weight = torch.randn(r, v).bfloat16(), torch.randint(0, v, (r,)), torch.rand(r)
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
-        terms = torch.compile(accelerated.row_terms, dynamic=True)
+        terms = torch.compile(chunked.row_terms, dynamic=True)
         (_, m, scale, slope), first = run_and_get_code(terms, z, None, target, weight)
-        gradient = torch.compile(accelerated.write_gradient, dynamic=True)
+        gradient = torch.compile(chunked.write_gradient, dynamic=True)
         _, second = run_and_get_code(gradient, z, None, target, m, scale, slope, z)
     torch._dynamo.reset()
     whole = r'(loadu|store)\(\w+ \+ static_cast<int64_t>\(x1 \+ ks\d+\*x0\), static_cast<int64_t>\(\d+\)\)'  # no tails

@@ -206,6 +206,6 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     linear_cross_entropy(**OK._asdict())
 
 
-@pytest.mark.parametrize('chunk_size', [np.int64(2), np.uint8(3), 10**30])
+@pytest.mark.parametrize('chunk_size', [np.int64(2), np.uint8(3)])
 def test_chunk_sizes_of_any_integer(chunk_size: Any) -> None:
     assert OK.solve(chunk_size=chunk_size)[0].item() == pytest.approx(OK.solve()[0].item(), rel=1e-12)

@@ -1,4 +1,4 @@
-"""Where there are no values: meta and fake tensors plan the path that really runs. Counters of FLOPs see it too."""
+"""Where there are no values: meta and fake tensors plan the path that really runs."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from fused_problem import Operations
 from networks import decoder
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
@@ -73,45 +72,3 @@ def test_autocast_on_meta() -> None:
         )
     loss.backward()
     assert loss.dtype == torch.float32
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('device', ['cpu', 'meta'])
-@pytest.mark.parametrize('needed', [(True, True), (True, False), (False, True), (False, False)])
-def test_flops_of_all_three_products(needed: tuple[bool, bool], device: str, dtype: torch.dtype) -> None:
-    n, d, v = 37, 16, 65
-    embed, weight = (
-        torch.zeros(*shape, dtype=dtype, device=device, requires_grad=flag)
-        for shape, flag in zip(((n, d), (v, d)), needed, strict=True)
-    )
-    target, token_weight = torch.zeros(n, dtype=torch.long, device=device), torch.ones(n, device=device)
-    with FlopCounterMode(display=False) as counter:
-        loss, _ = linear_cross_entropy(embed, weight, target, token_weight, chunk_size=16)
-        if any(needed):
-            loss.backward()
-    assert counter.get_total_flops() == 2 * n * d * v * (1 + sum(needed))
-
-
-@pytest.mark.parametrize('network', NETWORKS)
-def test_flops_of_a_wrapper(network: dict[str, Any]) -> None:
-    """A counter watches every module, by hooks, and sees what runs without it: one row a counted target."""
-    wrapper, x = AutoregressiveWrapper(decoder(num_tokens=509, **network), fused=True), torch.randint(0, 11, (3, 9))
-
-    def flops(**call: Tensor) -> int:
-        with FlopCounterMode(display=False) as counter:
-            wrapper(x, **call).backward()
-        return counter.get_total_flops()
-
-    width = 16 if not network.get('tie_embedding') else wrapper.net.token_emb.emb.weight.shape[1]
-    fewer = flops(loss_mask=torch.arange(9).expand(3, 9) % 2 == 0)
-    assert flops() - fewer == 2 * 12 * width * 509 * 3
-    assert AutoregressiveWrapper(wrapper.net, fused='auto')(x).item() == pytest.approx(wrapper(x).item())
-
-
-def test_flops_of_the_operation_in_a_graph() -> None:
-    from xtloss.losses.linear_cross_entropy import compiled_loss_and_grads
-
-    tensors = torch.zeros(5, 4), torch.zeros(7, 4), None, torch.zeros(5).long(), torch.ones(5)
-    with FlopCounterMode(display=False) as counter:
-        compiled_loss_and_grads(*tensors, 2, torch.float32, [True, False, False])
-    assert counter.get_total_flops() == 2 * 5 * 4 * 7 * 2

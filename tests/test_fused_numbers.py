@@ -13,7 +13,7 @@ from networks import Stub, assert_same_gradients, decoder, gradients
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
-from xtloss.losses import accelerated
+from xtloss.losses import chunked
 from xtloss.losses.cross_entropy import composite_cross_entropy, cross_entropy, softplus
 
 MARGINS = (-700.0, -80.0, -21.0, -1.0, -0.0, 0.0, 1e-3, 1.0, 19.0, 20.5, 21.0, 30.0, 80.0, 700.0)
@@ -73,8 +73,8 @@ def fused(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def on_an_accelerator(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerated, 'is_accelerated', lambda device: True)
-        patch.setattr(accelerated, 'kernel', lambda function: function)
+        patch.setattr(chunked, 'is_accelerated', lambda embed: True)
+        patch.setattr(chunked, 'compiled', lambda function: function)
         return fused(logits, target)
 
 

@@ -1,19 +1,20 @@
-"""Derivatives that are no plain backward pass, whenever they begin: upstream's if not fused, else refused."""
+"""Every kind of derivative, whenever it begins, is right or refused: never silently another number."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import x_transformers
 from fused_problem import assert_near
 from networks import decoder
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from xtloss import AutoregressiveWrapper
+from xtloss import AutoregressiveWrapper, linear_cross_entropy
+from xtloss.losses.cross_entropy import cross_entropy
 
-FUSED_FALSE = r'fused=False'
 X = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(1))
 HEAD = 'net.to_logits.weight'
 
@@ -22,97 +23,159 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:Attempted to insert a get_attr Node'),  # torch.func.linearize, of its own graph
 ]
 
-
-class Losses:
-    """The loss of a wrapper as a function of its head, and of two heads' worth of losses."""
-
-    def __init__(self, wrapper: nn.Module) -> None:
-        self.wrapper = wrapper
-        self.head = wrapper.get_parameter(HEAD).detach()
-        self.tangent = torch.linspace(-1, 1, self.head.numel(), dtype=self.head.dtype).view_as(self.head)
-
-    def one(self, head: Tensor) -> Tensor:
-        return torch.func.functional_call(self.wrapper, {HEAD: head}, (X,))
-
-    def two(self, head: Tensor) -> Tensor:
-        return torch.stack([self.one(head), 3 * self.one(head)])
-
-    def leaf(self) -> Tensor:
-        return self.head.clone().requires_grad_()
+Loss = Callable[[Tensor], Tensor]
+DRAW = torch.Generator().manual_seed(0)
+EMBED, MATRIX, BIAS, WEIGHT = (torch.randn(s, generator=DRAW).double() for s in ((7, 4), (5, 4), (5,), (7,)))
+TARGET, ALL = torch.randint(0, 5, (7,), generator=DRAW), torch.ones(7, dtype=torch.bool)
+AT, TANGENT = torch.tensor([0.9, 1.1, -0.7, 1.3]).double(), torch.tensor([0.5, -1.0, 2.0, 0.3]).double()
 
 
-def batched(f: Losses, **options: Any) -> tuple[Tensor, Tensor]:
-    head = f.leaf()
-    seeds = torch.eye(2, dtype=head.dtype)
-    return torch.autograd.grad(f.two(head), head, seeds, is_grads_batched=True, **options)[0], head
+def of_logits(nll: Callable[[Tensor], Tensor]) -> Loss:
+    def loss(t: Tensor) -> Tensor:
+        logits = F.linear(t[0] * EMBED, t[1] * MATRIX, t[2] * BIAS)
+        return (t[3] * WEIGHT * nll(logits)).sum()
+
+    return loss
 
 
-def batched_twice(f: Losses) -> Tensor:
-    grad, head = batched(f, create_graph=True)
-    return torch.autograd.grad(grad[1].square().sum(), head)[0]
-
-
-def vmap_of_the_backward(f: Losses) -> Tensor:
-    head = f.leaf()
-    losses = f.two(head)
-    return torch.func.vmap(lambda seed: torch.autograd.grad(losses, head, seed, retain_graph=True)[0])(
-        torch.eye(2, dtype=head.dtype)
-    )
-
-
-def dual_level(f: Losses) -> Tensor:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f.one(forward_ad.make_dual(f.head, f.tangent))).tangent
-
-
-def dual_level_of_the_backward(f: Losses) -> Tensor:
-    head = f.leaf()
-    loss = f.one(head)
-    with forward_ad.dual_level():
-        seed = forward_ad.make_dual(torch.ones_like(loss), torch.full_like(loss, 2.0))
-        return forward_ad.unpack_dual(torch.autograd.grad(loss, head, seed)[0]).tangent
-
-
-def dual_level_of_a_double_backward(f: Losses) -> Tensor:
-    head = f.leaf()
-    (grad,) = torch.autograd.grad(f.one(head), head, create_graph=True)
-    with forward_ad.dual_level():
-        seed = forward_ad.make_dual(torch.ones_like(grad), f.tangent)
-        return forward_ad.unpack_dual(torch.autograd.grad(grad, head, seed)[0]).tangent
-
-
-api = torch.autograd.functional
-DERIVATIVES: dict[str, Callable[[Losses], Tensor]] = {
-    'is_grads_batched': lambda f: batched(f)[0],
-    'is_grads_batched, twice': batched_twice,
-    'vmap of the backward': vmap_of_the_backward,
-    'jacobian, vectorized': lambda f: api.jacobian(f.two, f.head, vectorize=True),
-    'jacobian, forward': lambda f: api.jacobian(f.two, f.head, vectorize=True, strategy='forward-mode'),
-    'hessian, vectorized': lambda f: api.hessian(f.one, f.head, vectorize=True),
-    'hessian, forward': lambda f: api.hessian(f.one, f.head, vectorize=True, outer_jacobian_strategy='forward-mode'),
-    'hvp': lambda f: api.hvp(f.one, f.head, f.tangent)[1],
-    'jvp': lambda f: api.jvp(f.one, f.head, f.tangent)[1],
-    'dual_level': dual_level,
-    'dual_level of the backward': dual_level_of_the_backward,
-    'dual_level of a double backward': dual_level_of_a_double_backward,
-    'func.linearize': lambda f: torch.func.linearize(f.one, f.head)[1](f.tangent),
-    'func.jvp': lambda f: torch.func.jvp(f.one, (f.head,), (f.tangent,))[1],
-    'func.vjp': lambda f: torch.func.vjp(f.one, f.head)[1](torch.ones((), dtype=f.head.dtype))[0],
-    'func.jacrev': lambda f: torch.func.jacrev(f.two)(f.head),
-    'func.jacfwd': lambda f: torch.func.jacfwd(f.two)(f.head),
-    'func.hessian': lambda f: torch.func.hessian(f.one)(f.head),
+LOSSES: dict[str, Loss] = {  # of four numbers, by which all inputs are multiplied
+    'plain': of_logits(lambda logits: F.cross_entropy(logits, TARGET, reduction='none')),
+    'fused': lambda t: linear_cross_entropy(t[0] * EMBED, t[1] * MATRIX, TARGET, t[3] * WEIGHT, bias=t[2] * BIAS)[0],
+    'logits': of_logits(lambda logits: cross_entropy(logits, TARGET, ALL)),
+    'composite': of_logits(lambda logits: cross_entropy(logits, TARGET, ALL, composite=True)),
 }
 
 
+def two(f: Loss) -> Loss:
+    return lambda t: torch.stack([f(t), 3 * f(t)])
+
+
+def leaf() -> Tensor:
+    return AT.clone().requires_grad_()
+
+
+def batched(f: Loss, count: int = 2, **options: Any) -> tuple[Tensor, Tensor]:
+    t = leaf()
+    return torch.autograd.grad(two(f)(t), t, torch.eye(2)[-count:].double(), is_grads_batched=True, **options)[0], t
+
+
+def batched_twice(f: Loss) -> Tensor:
+    grad, t = batched(f, create_graph=True)
+    return torch.autograd.grad(grad[1].square().sum(), t)[0]
+
+
+def vmap_of_the_backward(f: Loss, *, again: bool = False) -> Tensor:
+    t = leaf()
+    losses = two(f)(t)
+    if again:
+        losses.sum().backward(retain_graph=True)
+    backward = torch.func.vmap(lambda seed: torch.autograd.grad(losses, t, seed, retain_graph=True)[0])
+    return backward(torch.eye(2).double())
+
+
+def double_backward(f: Loss) -> Tensor:
+    t = leaf()
+    (grad,) = torch.autograd.grad(f(t), t, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), t)[0]
+
+
+def dual_level(f: Loss) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(AT, TANGENT))).tangent
+
+
+def dual_level_and_backward(f: Loss) -> Tensor:
+    t = leaf()
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(torch.autograd.grad(f(forward_ad.make_dual(t, TANGENT)), t)[0]).tangent
+
+
+def dual_level_of_the_backward(f: Loss, *, again: bool = False) -> Tensor:
+    t = leaf()
+    loss = f(t)
+    if again:
+        loss.backward(retain_graph=True)
+    with forward_ad.dual_level():
+        seed = forward_ad.make_dual(torch.ones_like(loss), torch.full_like(loss, 2.0))
+        return forward_ad.unpack_dual(torch.autograd.grad(loss, t, seed)[0]).tangent
+
+
+def dual_level_of_a_double_backward(f: Loss) -> Tensor:
+    t = leaf()
+    (grad,) = torch.autograd.grad(f(t), t, create_graph=True)
+    with forward_ad.dual_level():
+        seed = forward_ad.make_dual(torch.ones_like(grad), TANGENT)
+        return forward_ad.unpack_dual(torch.autograd.grad(grad, t, seed)[0]).tangent
+
+
+api, func = torch.autograd.functional, torch.func
+DERIVATIVES: dict[str, Callable[[Loss], Tensor]] = {
+    'create_graph': double_backward,
+    'is_grads_batched': lambda f: batched(f)[0],
+    'is_grads_batched, by one': lambda f: batched(f, 1)[0],
+    'is_grads_batched, twice': batched_twice,
+    'vmap of the backward': vmap_of_the_backward,
+    'vmap of a second backward': lambda f: vmap_of_the_backward(f, again=True),
+    'jacobian': lambda f: api.jacobian(two(f), AT),
+    'jacobian, vectorized': lambda f: api.jacobian(two(f), AT, vectorize=True),
+    'jacobian, forward': lambda f: api.jacobian(two(f), AT, vectorize=True, strategy='forward-mode'),
+    'hessian': lambda f: api.hessian(f, AT),
+    'hessian, vectorized': lambda f: api.hessian(f, AT, vectorize=True),
+    'hessian, forward': lambda f: api.hessian(f, AT, vectorize=True, outer_jacobian_strategy='forward-mode'),
+    'hvp': lambda f: api.hvp(f, AT, TANGENT)[1],
+    'vhp': lambda f: api.vhp(f, AT, TANGENT)[1],
+    'jvp': lambda f: api.jvp(f, AT, TANGENT)[1],
+    'dual_level': dual_level,
+    'dual_level, then backward': dual_level_and_backward,
+    'dual_level of the backward': dual_level_of_the_backward,
+    'dual_level of a second backward': lambda f: dual_level_of_the_backward(f, again=True),
+    'dual_level of a double backward': dual_level_of_a_double_backward,
+    'func.grad': lambda f: func.grad(f)(AT),
+    'func.vmap': lambda f: func.vmap(f)(torch.stack([AT, TANGENT])),
+    'func.vmap of one': lambda f: func.vmap(f)(AT[None]),
+    'func.vmap of grad': lambda f: func.vmap(func.grad(f))(torch.stack([AT, TANGENT])),
+    'func.linearize': lambda f: func.linearize(f, AT)[1](TANGENT),
+    'func.jvp': lambda f: func.jvp(f, (AT,), (TANGENT,))[1],
+    'func.jvp of grad': lambda f: func.jvp(func.grad(f), (AT,), (TANGENT,))[1],
+    'func.grad of jvp': lambda f: func.grad(lambda t: func.jvp(f, (t,), (TANGENT,))[1])(AT),
+    'func.vjp': lambda f: func.vjp(f, AT)[1](torch.ones(()).double())[0],
+    'func.jacrev': lambda f: func.jacrev(two(f))(AT),
+    'func.jacfwd': lambda f: func.jacfwd(two(f))(AT),
+    'func.hessian': lambda f: func.hessian(f)(AT),
+}
+
+
+NO_MORE_THAN_A_GRADIENT = {'jacobian', 'dual_level of the backward', 'dual_level of a second backward'}
+OF_SECOND_ORDER = {'create_graph', 'is_grads_batched, twice', 'hessian', 'hvp', 'vhp', 'jvp'}
+
+
 @pytest.mark.parametrize('name', DERIVATIVES)
-def test_every_derivative_is_upstreams_or_refused(name: str) -> None:
-    net = decoder(dtype=torch.float64)
-    want = DERIVATIVES[name](Losses(x_transformers.AutoregressiveWrapper(net)))
+@pytest.mark.parametrize('loss', ['fused', 'logits', 'composite'])
+def test_every_derivative_is_right_or_refused(loss: str, name: str) -> None:
+    want = DERIVATIVES[name](LOSSES['plain'])
     assert want.abs().max() > 1e-6
-    assert_near(DERIVATIVES[name](Losses(AutoregressiveWrapper(net, fused=False))), want, 1e-9)
-    for fused in (True, 'auto'):
-        with pytest.raises(RuntimeError, match=FUSED_FALSE):
-            DERIVATIVES[name](Losses(AutoregressiveWrapper(net, fused=fused)))
+    try:
+        got = DERIVATIVES[name](LOSSES[loss])
+    except RuntimeError as refusal:
+        assert loss == 'fused' or (loss == 'logits' and name not in OF_SECOND_ORDER)
+        said_by_us = 'fused=False' in str(refusal)
+        assert said_by_us or name not in OF_SECOND_ORDER
+    else:
+        assert loss != 'fused' or name in NO_MORE_THAN_A_GRADIENT
+        assert_near(got, want, 1e-9)
+
+
+@pytest.mark.parametrize('name', DERIVATIVES)
+def test_every_derivative_of_a_wrapper_that_does_not_fuse_is_upstreams(name: str) -> None:
+    net = decoder(dtype=torch.float64)
+
+    def derivative(wrapper: nn.Module) -> Tensor:
+        head = wrapper.get_parameter(HEAD).detach()
+        return DERIVATIVES[name](lambda t: func.functional_call(wrapper, {HEAD: head * (t.sum() + t[0] ** 2)}, (X,)))
+
+    want = derivative(x_transformers.AutoregressiveWrapper(net))
+    assert want.abs().max() > 1e-6
+    assert_near(derivative(AutoregressiveWrapper(net, fused=False)), want, 1e-9)
 
 
 @pytest.mark.parametrize('fused', [True, False])
@@ -153,5 +216,5 @@ def test_second_derivatives_through_a_loss_weight() -> None:
         return torch.autograd.grad(grad.square().sum(), weight)[0]
 
     assert mixed(False).abs().min() > 0
-    with pytest.raises(RuntimeError, match=FUSED_FALSE):
+    with pytest.raises(RuntimeError, match='fused=False'):
         mixed(True)

@@ -111,8 +111,8 @@ def test_logits_are_written_by_columns_of_whole_cache_lines(dtype: torch.dtype) 
         assert along * dtype.itemsize % 64 == logits.data_ptr() % 64 == 0
 
 
-@example(n=4096, v=33_554, d=512, dtype=torch.float32, is_accelerated=False)  # 500 rows fit, 512 do not
-@example(n=4096, v=1_000_000, d=8, dtype=torch.float32, is_accelerated=False)  # one block is too much
+@example(n=4096, v=33_554, d=512, dtype=torch.float32, accelerated=False)  # 500 rows fit, 512 do not
+@example(n=4096, v=1_000_000, d=8, dtype=torch.float32, accelerated=False)  # one block is too much
 @given(
     st.integers(0, 20_000),
     st.integers(1, 60_000),
@@ -121,16 +121,16 @@ def test_logits_are_written_by_columns_of_whole_cache_lines(dtype: torch.dtype) 
     st.booleans(),
 )
 def test_default_chunks_are_bounded_alike_and_as_few_as_can_be(
-    n: int, v: int, d: int, dtype: torch.dtype, is_accelerated: bool
+    n: int, v: int, d: int, dtype: torch.dtype, accelerated: bool
 ) -> None:
     """At most 64 MiB, or the gradient of the weight; a CPU goes beyond 64 MiB for the sake of 384 rows alone."""
     weight = torch.empty(v, d, dtype=dtype, device='meta')
 
     def fits(rows: int) -> bool:
         size, gradient = rows * v * dtype.itemsize, v * d * dtype.itemsize
-        return rows == 1 or size <= 64 * 2**20 or (size <= gradient and (is_accelerated or rows <= 384))
+        return rows == 1 or size <= 64 * 2**20 or (size <= gradient and (accelerated or rows <= 384))
 
-    rows = default_chunk_size(n, weight, dtype, is_accelerated=is_accelerated)
+    rows = default_chunk_size(n, weight, dtype, accelerated=accelerated)
     assert fits(rows)
     if not fits(64):
         assert not fits(rows + 1)

@@ -7,7 +7,7 @@ Dims: b batch, n positions, d features, p prepended embeddings, m positions of a
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeGuard
 
@@ -122,7 +122,7 @@ FLOAT32 = torch.finfo(torch.float32)
 def check(
     rules: Mapping[str, str], values: Mapping[str, Any], notes: Mapping[str, str] | None = None, **sizes: int
 ) -> dict[str, int]:
-    """Check each value that is not None by its rule, and return the sizes of the dims that they have.
+    """Check each value by its rule, and return the sizes of the dims that they have; what is not given has no value.
 
     A rule is a kind (bool, integer, floating point, tensor; number, count, flag), and for a tensor its dims, or several
     of them: ``'floating point: b | b n'``. A dim is bound to its size by the first tensor that has it, or by `sizes`;
@@ -138,7 +138,7 @@ def check(
     first, device = None, None
     for argument, rule in rules.items():
         kind, _, dims = rule.partition(': ')
-        for name, value in _each(argument, values.get(argument), kind):
+        for name, value in _each(argument, values[argument], kind) if argument in values else []:
             check_kind(name, value, kind.removeprefix('list of '))
             if kind == 'number':
                 _check_normalizer(name, value, device)
@@ -159,14 +159,13 @@ def check(
     return sizes
 
 
-def _each(name: str, value: Any, kind: str) -> Iterator[tuple[str, Any]]:
-    """Yield a value, or all in a list where the kind is one, but for None."""
-    if value is not None and not kind.startswith('list of '):
-        yield name, value
-    elif value is not None:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f'{name} must be a list of tensors, got {type(value).__name__}')
-        yield from ((f'{name}[{k}]', part) for k, part in enumerate(value) if part is not None)
+def _each(name: str, value: Any, kind: str) -> list[tuple[str, Any]]:
+    """Return a value, or all in a list where the kind is one, but for None."""
+    if not kind.startswith('list of '):
+        return [(name, value)]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f'{name} must be a list of tensors, got {type(value).__name__}')
+    return [(f'{name}[{k}]', part) for k, part in enumerate(value) if part is not None]
 
 
 def check_kind(name: str, value: Any, kind: str) -> None:

@@ -21,19 +21,21 @@ from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xtloss.losses import accelerated
+from xtloss.losses import chunked
 
-PRODUCTS = {'mm', 'addmm', 'bmm', 'baddbmm', 'addmv_', 'mv'}
+compiled = chunked.compiled
+
+PRODUCTS = {'mm', 'addmm', 'addmm_', 'bmm', 'baddbmm', 'addmv_', 'mv'}
 NOTHING = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'detach', 'set_'}
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up the bytes of every operation; of the kernels that are compiled, those that Inductor counts."""
+    """Adds up the bytes of every operation; of the functions that are compiled, those that Inductor counts."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim, self.bytes = dim, 0.0
-        self.per_logit: dict[Callable[..., Any], float] = {}  # of each kernel
+        self.per_logit: dict[Callable[..., Any], float] = {}  # of each compiled function
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -46,12 +48,12 @@ class Traffic(TorchDispatchMode):
         """Bytes of a tensor; 0 of what belongs to the products."""
         return 0 if self.dim in t.shape else min(t.nbytes, t.untyped_storage().nbytes())
 
-    def kernel(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a kernel of xtloss, and count it."""
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Compile a function of xtloss, run and count it."""
         before = metrics.num_bytes_accessed
         self.__exit__(None, None, None)  # nothing is compiled under a mode
         try:
-            out = accelerated.kernel(function)(*args)
+            out = compiled(function)(*args)
         finally:
             self.__enter__()
         if metrics.num_bytes_accessed > before:  # it was compiled
@@ -65,22 +67,22 @@ def counting(dim: int, *, force_accelerated: bool) -> Iterator[Traffic]:
     """Count what runs inside; on a CPU too, the path that accelerators take can be forced."""
     traffic = Traffic(dim)
     log = logging.getLogger('torch._inductor.compile_fx.__inductor_metrics')  # where it is off, Inductor counts nothing
-    kept = accelerated.compiled, accelerated.is_accelerated, log.level, log.propagate
-    accelerated.kernel.cache_clear()
+    kept = chunked.compiled, chunked.is_accelerated, log.level, log.propagate
+    compiled.cache_clear()
     torch._dynamo.reset()
     try:
         log.setLevel(logging.INFO)
         log.propagate = False
-        accelerated.compiled = traffic.kernel
+        chunked.compiled = lambda function: partial(traffic.run, function)
         if force_accelerated:
-            accelerated.is_accelerated = lambda device: True
+            chunked.is_accelerated = lambda embed: True
         with warnings.catch_warnings(), inductor_config.patch(force_disable_caches=True), traffic:
             warnings.simplefilter('ignore')  # that caches are off
             yield traffic
     finally:
-        accelerated.compiled, accelerated.is_accelerated, level, log.propagate = kept
+        chunked.compiled, chunked.is_accelerated, level, log.propagate = kept
         log.setLevel(level)
-        accelerated.kernel.cache_clear()
+        compiled.cache_clear()
         torch._dynamo.reset()
 
 

@@ -1,20 +1,44 @@
-"""The pass over chunks of tokens that makes the loss of a linear head and its gradients: three matrix products.
+"""The loss of a linear head and its gradients, in one pass over chunks of tokens: three matrix products.
 
-Dims: N tokens, d width, v vocabulary, r rows of a chunk.
+With logits z (r, v), m the largest of a row's but the target's, E = exp(z - m), 0 at the target, and s its row sum,
+nll is softplus(D), where D = m + log(s) - z[target], and the gradient of a row's logits is
+c · (E - s · onehot(target)), where c = token_weight · sigmoid(D) / s.
+
+Two loops do it, as time goes elsewhere. A CPU's goes into the products: its loop works in place, in one float32 buffer.
+An accelerator's goes into bytes: its loop keeps logits as narrow as products give them, and beside the products two
+compiled functions read each logit twice and write it once.
+
+Dims: N tokens, d width, v vocabulary, r tokens of a chunk.
 """
 
-from __future__ import annotations
-
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xtloss.losses.cross_entropy import exp_others_, loss_dtype, row_chunks, softplus
+from xtloss.losses.cross_entropy import chunks, exp_others_, softplus
+from xtloss.tensors import has_values, loss_dtype
+
+
+class Problem(NamedTuple):
+    """Σ token_weight · nll is asked for, and some of its gradients."""
+
+    embed: Tensor  # (N, d)
+    weight: Tensor  # (v, d)
+    bias: Tensor | None  # (v,)
+    target: Tensor  # (N,) int64
+    token_weight: Tensor  # (N,), float32 or wider
+    chunk_size: int  # tokens; 0: `linear_cross_entropy` chooses
+    dtype: torch.dtype  # of the products
+    needs_grad: list[bool]  # of embed, weight, bias
 
 
 class LossAndGrads(NamedTuple):
+    """In float32 or wider; None for a gradient that is not asked for."""
+
     loss: Tensor  # ()
     token_loss: Tensor  # (N,)
     embed: Tensor | None  # (N, d), ∂ loss / ∂ embed
@@ -22,21 +46,8 @@ class LossAndGrads(NamedTuple):
     bias: Tensor | None  # (v,)
 
 
-class Problem(NamedTuple):
-    """What is asked for: Σ token_weight · nll, by products in `dtype`, `chunk_size` tokens at a time."""
-
-    embed: Tensor  # (N, d)
-    weight: Tensor  # (v, d)
-    bias: Tensor | None  # (v,)
-    target: Tensor  # (N,) int64
-    token_weight: Tensor  # (N,), float32 or wider
-    chunk_size: int
-    dtype: torch.dtype
-    needs_grad: list[bool]  # of embed, weight, bias
-
-
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that gradient products run in.
+    """Return the dtype that gradient products run in, where the logits' runs in `dtype`.
 
     float16 keeps no gradient below 6e-8 and none above 65504, and the scale that a gradient scaler will apply is not
     known here: its gradient products run in float32.
@@ -44,8 +55,8 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def new_gradients(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Room for token losses and the gradients that are asked for, float32 or wider; zeros where they are summed."""
+def new_results(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Make tensors for the token losses and the gradients that are asked for; zeros where chunks are summed."""
     wide = loss_dtype(p.dtype)
     makers: tuple[Callable[..., Tensor], ...] = torch.empty, torch.zeros, torch.zeros
     embed, weight, bias = (
@@ -55,21 +66,20 @@ def new_gradients(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Ten
     return torch.empty(len(p.embed), dtype=wide, device=p.embed.device), embed, weight, bias
 
 
-def chunked_loss_and_grads(p: Problem) -> LossAndGrads:
-    """Compute the loss and the gradients that are asked for, in float32 or wider; the products run in `dtype`.
+# on a CPU
 
-    With E = exp(z - m), 0 at the target, and s its row sum, a row's gradient is c · (E - s · onehot(target)) where
-    c = token_weight · sigmoid(D) / s. In full precision c scales what the products take and give, not the logits.
-    """
+
+def loop_of_cpu(p: Problem) -> LossAndGrads:
+    """Solve it in place; in full precision c scales what the gradient products take and give, not the logits."""
     n, v = len(p.embed), len(p.weight)
     wide, grad_dtype = loss_dtype(p.dtype), gradient_dtype(p.dtype)
     head = p.weight.to(p.dtype)
     head_for_grad = p.weight.to(grad_dtype) if p.needs_grad[0] else head
-    token_loss, grad_embed, grad_weight, grad_bias = new_gradients(p)
+    token_loss, grad_embed, grad_weight, grad_bias = new_results(p)
 
-    buffer = chunk_buffer(min(p.chunk_size, n), v, wide, p.embed.device, blas=p.dtype == wide)
-    for rows in row_chunks(n, p.chunk_size):
-        x, ids = p.embed[rows], p.target[rows]  # (r, d), (r,)
+    buffer = logits_buffer(min(p.chunk_size, n), v, wide, p.embed.device, blas=p.dtype == wide)
+    for chunk in chunks(n, p.chunk_size):
+        x, ids = p.embed[chunk], p.target[chunk]  # (r, d), (r,)
         z = buffer[: len(ids)]  # (r, v)
         if p.dtype == wide:
             torch.mm(x.to(p.dtype), head.t(), out=z)
@@ -79,37 +89,151 @@ def chunked_loss_and_grads(p: Problem) -> LossAndGrads:
             z += p.bias
 
         margin, _, s = exp_others_(z, ids)
-        token_loss[rows] = softplus(margin).squeeze(1)
+        token_loss[chunk] = softplus(margin).squeeze(1)
         if not any(p.needs_grad):
             continue
 
-        c = p.token_weight[rows, None] * margin.sigmoid() / s.clamp(min=1)  # (r, 1)
+        c = p.token_weight[chunk, None] * margin.sigmoid() / s.clamp(min=1)  # (r, 1)
         z.scatter_(1, ids[:, None], -s)
 
         if grad_bias is not None:
             grad_bias.addmv_(z.t(), c.squeeze(1))
         if grad_dtype == wide:
             if grad_embed is not None:
-                torch.mm(z, head_for_grad, out=grad_embed[rows]).mul_(c)
+                torch.mm(z, head_for_grad, out=grad_embed[chunk]).mul_(c)
             if grad_weight is not None:
-                torch.addmm(grad_weight, z.t(), x.to(wide) * c, out=grad_weight)  # a FLOP counter overlooks addmm_
+                grad_weight.addmm_(z.t(), x.to(wide) * c)
         else:
             g = z.mul_(c).to(grad_dtype)
             if grad_embed is not None:
-                grad_embed[rows] = g @ head_for_grad
+                grad_embed[chunk] = g @ head_for_grad
             if grad_weight is not None:
                 grad_weight += g.t() @ x.to(grad_dtype)
 
     return LossAndGrads((p.token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
 
 
-def chunk_buffer(rows: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:
-    """Return room for the logits of a chunk, (rows, v).
+def logits_buffer(r: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:
+    """Make a tensor for the logits of a chunk, (r, v).
 
     Where a CPU's BLAS fills it, it is stored column by column, each padded to whole cache lines: MKL is slower at
     writing a product as a few wide rows.
     """
     if device.type != 'cpu' or not blas:
-        return torch.empty(rows, v, dtype=dtype, device=device)
+        return torch.empty(r, v, dtype=dtype, device=device)
     line = 64 // dtype.itemsize
-    return torch.empty(v, -(-rows // line) * line, dtype=dtype, device=device).t()[:rows]
+    return torch.empty(v, -(-r // line) * line, dtype=dtype, device=device).t()[:r]
+
+
+# on an accelerator
+
+
+def is_accelerated(embed: Tensor) -> bool:
+    """Tell whether the accelerator's loop is the one to run: where there are values, and a compiler."""
+    return embed.device.type not in ('cpu', 'meta') and has_values(embed) and has_compiler(embed.device.type)
+
+
+@cache
+def has_compiler(device_type: str) -> bool:
+    """Tell whether torch.compile works there; tried once, on a trivial function, and where it does not, said once."""
+    try:
+        compiled(softplus)(torch.zeros(2, device=device_type))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any class: torch has none for it
+        message = f'no compiler for {device_type}: head and loss run uncompiled, right and slower ({error!r:.200})'
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function for all sizes; it runs as it is written beyond dynamo's limit of compilations."""
+    return torch.compile(function, dynamic=True)
+
+
+def loop_of_accelerator(p: Problem) -> LossAndGrads:
+    """Solve it with logits, and their gradients, in the dtype of the products."""
+    grad_dtype = gradient_dtype(p.dtype)
+    head = p.weight.detach().to(p.dtype)
+    head_for_grad = p.weight.detach().to(grad_dtype) if p.needs_grad[0] else head
+    bias, token_weight = None if p.bias is None else p.bias.detach(), p.token_weight.detach()
+    token_loss, grad_embed, grad_weight, grad_bias = new_results(p)
+
+    for chunk in chunks(len(p.embed), p.chunk_size):
+        x = p.embed.detach()[chunk]  # (r, d)
+        # copied, as offset and base of a view would be compiled in
+        ids, w = p.target[chunk].clone(), token_weight[chunk].clone()  # (r,)
+        z = x.to(p.dtype) @ head.t()  # (r, v)
+        token_loss[chunk], m, scale, slope = compiled(row_terms)(z, bias, ids, w)
+        if any(p.needs_grad):
+            g = z if grad_dtype == p.dtype else torch.empty_like(z, dtype=grad_dtype)  # (r, v)
+            compiled(write_gradient)(z, bias, ids, m, scale, slope, g)
+            if grad_bias is not None:
+                grad_bias += g.sum(dim=0, dtype=grad_bias.dtype)
+            if grad_embed is not None:
+                grad_embed[chunk] = g @ head_for_grad
+            if grad_weight is not None:
+                add_product_(grad_weight, g.t(), x.to(grad_dtype))
+            del g
+        del z  # before the next chunk's is made, or there are two
+
+    return LossAndGrads((token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
+
+
+def row_terms(
+    z: Tensor,  # (r, v)
+    bias: Tensor | None,  # (v,)
+    target: Tensor,  # (r,)
+    token_weight: Tensor,  # (r,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return nll (r,), and m, c and slope = c · s, each (r, 1). One read of z, at best."""
+    at_target = z.gather(1, target[:, None]).to(token_weight.dtype)
+    if bias is not None:
+        at_target = at_target + bias[target][:, None]
+    others = torch.where(_is_target(z, target), -torch.inf, _logits(z, bias, token_weight.dtype))
+    m = others.amax(dim=1, keepdim=True)
+    s = (others - m).exp().sum(dim=1, keepdim=True)
+    s = torch.where(m == -torch.inf, 0, s)
+
+    margin = torch.where(at_target == torch.inf, torch.nan, (m - at_target) + s.log())
+    slope = token_weight[:, None] * margin.sigmoid()
+    return softplus(margin).squeeze(1), m.clamp(min=torch.finfo(m.dtype).min), slope / s.clamp(min=1), slope
+
+
+def write_gradient(
+    z: Tensor, bias: Tensor | None, target: Tensor, m: Tensor, c: Tensor, slope: Tensor, out: Tensor
+) -> None:
+    """Out, which may be z, becomes c · exp(z - m), and -slope at the target. One read, one write."""
+    others = (_logits(z, bias, m.dtype) - m).exp() * c
+    out.copy_(torch.where(_is_target(z, target), -slope, others))
+
+
+def _logits(z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return z.to(dtype) if bias is None else z.to(dtype) + bias.to(dtype)
+
+
+def _is_target(z: Tensor, target: Tensor) -> Tensor:
+    return torch.arange(z.shape[1], device=z.device) == target[:, None]  # compared, not scattered: it costs no bytes
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Total += a @ b, summed in total's dtype, without a temporary as large as it where torch can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif _adds_wide_products(a.device, a.dtype, total.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@cache
+def _adds_wide_products(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Tell whether torch adds a product of narrow matrices to a wide one there, and rightly: tried once."""
+    one, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, dtype=wide, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=wide, out=total)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())

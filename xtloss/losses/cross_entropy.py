@@ -4,10 +4,8 @@ With D = logsumexp(other logits) - logit(target), nll = softplus(D) and the targ
 is ever the difference of nearly equal numbers (Barron, Gnanapragasam & Tschannen, A Fix for Softmax and Cross-Entropy,
 2026, https://jonbarron.info/softmaxfix/).
 
-Dims: t tokens, r rows of a chunk, v vocabulary.
+Dims: t tokens, r tokens of a chunk, v vocabulary.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,19 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from xtloss.losses.transforms import is_transformed
+from xtloss.tensors import loss_dtype
 
 CHUNK_BYTES = 64 * 2**20  # of logits in flight: enough for efficient matrix products, little beside all logits
 
 
-def loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Losses, weights and sums are made in float32, or wider where the logits are wider."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def row_chunks(rows: int, chunk_size: int) -> Iterator[slice]:
-    """Slices that cover range(rows), chunk_size at a time."""
-    return (slice(start, min(start + chunk_size, rows)) for start in range(0, rows, chunk_size))
+def chunks(n: int, chunk_size: int) -> Iterator[slice]:
+    """Return slices that cover n tokens, chunk_size at a time."""
+    return (slice(start, min(start + chunk_size, n)) for start in range(0, n, chunk_size))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -68,15 +61,18 @@ def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor, *, composite:
 
     Equals ``torch.where(counted, F.cross_entropy(logits, target, reduction='none'), 0)`` in float32 or wider, for
     logits (t, v), target (t,) in [0, v) and counted (t,) bool. No more than the logits and one tensor of their size are
-    alive at once, forward or backward. Differentiable any number of times, and under torch.func.
+    alive at once, forward or backward. Differentiable any number of times.
+
+    With `composite` it is made of plain operations, as under torch.compile: slower, with four tensors of the size of
+    the logits, and open to torch.func transforms, batched and forward-mode derivatives, which the other refuses.
     """
-    if composite or torch.compiler.is_compiling() or is_transformed(logits):
+    if composite or torch.compiler.is_compiling():
         return composite_cross_entropy(logits, target, counted)
     return _CrossEntropy.apply(logits, target, counted)
 
 
 def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """Compute the same from operations that autograd knows, for transforms and compilers."""
+    """Compute the same from plain operations, which compilers and every kind of derivative know."""
     z = torch.where(counted[:, None], logits, 0).to(loss_dtype(logits.dtype))  # (t, v)
     is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]
     z_target = z.gather(1, target[:, None])  # (t, 1)
@@ -90,7 +86,7 @@ def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> 
 
 
 class _CrossEntropy(Function):
-    """Saves the logits and three numbers a row; the backward exponentiates again, straight into the gradient."""
+    """Saves the logits and three numbers a token; the backward exponentiates again, straight into the gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -98,9 +94,9 @@ class _CrossEntropy(Function):
         dtype = loss_dtype(logits.dtype)
         margin, m, s = (torch.empty(t, 1, dtype=dtype, device=logits.device) for _ in range(3))
 
-        for rows in row_chunks(t, _chunk_size(t, v, dtype)):
-            z = logits[rows].to(dtype, copy=True).masked_fill_(~counted[rows, None], 0)  # (r, v)
-            margin[rows], m[rows], s[rows] = exp_others_(z, target[rows])
+        for chunk in chunks(t, _chunk_size(t, v, dtype)):
+            z = logits[chunk].to(dtype, copy=True).masked_fill_(~counted[chunk, None], 0)  # (r, v)
+            margin[chunk], m[chunk], s[chunk] = exp_others_(z, target[chunk])
 
         ctx.save_for_backward(logits, target, counted, margin, m, s)
         return torch.where(counted, softplus(margin).squeeze(1), 0)
@@ -109,24 +105,22 @@ class _CrossEntropy(Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor, None, None]:
         logits, target, counted, margin, m, s = ctx.saved_tensors
 
-        twice = torch.is_grad_enabled()  # create_graph: the gradient is to be differentiated again
-        if twice or is_transformed(grad_nll):
-            with torch.enable_grad():
-                nll = composite_cross_entropy(logits, target, counted)
-                (grad,) = torch.autograd.grad(nll, logits, grad_nll, create_graph=twice)
+        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated again
+            nll = composite_cross_entropy(logits, target, counted)
+            (grad,) = torch.autograd.grad(nll, logits, grad_nll, create_graph=True)
             return grad, None, None
 
         (t, v), dtype = logits.shape, loss_dtype(logits.dtype)
         grad = torch.empty_like(logits)
         slope = torch.where(counted[:, None], margin.sigmoid() * grad_nll[:, None], 0)  # (t, 1), what the others share
 
-        for rows in row_chunks(t, _chunk_size(t, v, dtype)):
-            z = grad[rows] if logits.dtype == dtype else torch.empty_like(grad[rows], dtype=dtype)  # (r, v)
-            z.copy_(logits[rows]).masked_fill_(~counted[rows, None], 0)
-            z.sub_(m[rows]).exp_().mul_(slope[rows] / s[rows].clamp(min=1))
-            z.scatter_(1, target[rows, None], -slope[rows])
+        for chunk in chunks(t, _chunk_size(t, v, dtype)):
+            z = grad[chunk] if logits.dtype == dtype else torch.empty_like(grad[chunk], dtype=dtype)  # (r, v)
+            z.copy_(logits[chunk]).masked_fill_(~counted[chunk, None], 0)
+            z.sub_(m[chunk]).exp_().mul_(slope[chunk] / s[chunk].clamp(min=1))
+            z.scatter_(1, target[chunk, None], -slope[chunk])
             if logits.dtype != dtype:
-                grad[rows] = z
+                grad[chunk] = z
         return grad, None, None
 
 

@@ -1,7 +1,5 @@
 """Gaussian negative log-likelihood, without the look at the variance that neither meta tensors nor tracers allow."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,26 +3,30 @@
 Dims: N tokens, d width, v vocabulary.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.flop_counter import register_flop_formula
 
-from xtloss.checks import check_device, check_dtype, check_integer
-from xtloss.losses import accelerated
-from xtloss.losses.chunked import LossAndGrads, Problem, chunked_loss_and_grads, gradient_dtype
-from xtloss.losses.cross_entropy import CHUNK_BYTES, loss_dtype
-from xtloss.losses.transforms import is_transformed
+from xtloss.arguments import check
+from xtloss.losses import chunked
+from xtloss.losses.chunked import LossAndGrads, Problem
+from xtloss.losses.cross_entropy import CHUNK_BYTES
+from xtloss.tensors import loss_dtype
 
+RULES = {
+    'embed': 'floating point: N d',
+    'weight': 'floating point: vocab d',
+    'target': 'integer: N',
+    'token_weight': 'floating point: N',
+    'bias': 'floating point: vocab',
+    'chunk_size': 'count',
+}
 NO_SECOND_DERIVATIVE = (
-    'linear_cross_entropy makes its gradients in the forward pass, so it has no second, batched or forward-mode '
-    'derivative and no torch.func transform: build the wrapper with fused=False, or compute the logits and '
-    'F.cross_entropy'
+    'linear_cross_entropy makes its gradients in the forward pass, so it has no second derivative: build the wrapper '
+    'with fused=False, or compute the logits and F.cross_entropy'
 )
 
 
@@ -72,33 +76,26 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: of the wrong shape or device; on a CPU, a target outside [0, vocab).
-        RuntimeError: under torch.func, forward-mode or batched derivatives, or when it is differentiated twice.
+        RuntimeError: of torch, under torch.func, forward-mode or batched derivatives; when it is differentiated twice.
 
     Source: D = logsumexp(other logits) - logit(target), nll = softplus(D), gradient of the target -sigmoid(D): Barron,
     Gnanapragasam & Tschannen, A Fix for Softmax and Cross-Entropy, 2026, https://jonbarron.info/softmaxfix/. Gradients
     in the forward pass: Hsu et al., Liger Kernel, 2024, https://arxiv.org/abs/2410.10989.
 
     """
-    _check(embed, weight, target, token_weight, bias, chunk_size)
-    refuse_transforms(embed, weight, bias, token_weight)
+    options = {name: value for name, value in {'bias': bias, 'chunk_size': chunk_size}.items() if value is not None}
+    check(RULES, {'embed': embed, 'weight': weight, 'target': target, 'token_weight': token_weight, **options})
 
     dtype = products_dtype(embed, weight)
-    if chunk_size is None:
-        is_accelerated = accelerated.is_accelerated(embed.device)
-        kept = gradient_dtype(dtype) if is_accelerated else loss_dtype(dtype)  # what a chunk's logits are kept in
-        chunk_size = default_chunk_size(embed.shape[0], weight, kept, is_accelerated=is_accelerated)
-    elif chunk_size >= 2**63:  # more than a compiled graph can hold
-        chunk_size = 2**63 - 1
-
     inputs = embed, weight, bias
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    options = int(chunk_size), dtype, needs_grad
+    settings = int(chunk_size or 0), dtype, needs_grad
     tensors = *inputs, target.long(), token_weight.to(loss_dtype(dtype))
 
     if torch.compiler.is_compiling():
-        loss, token_loss, *_ = compiled_loss_and_grads(*tensors, *options)
+        loss, token_loss, *_ = loss_and_grads_in_graph(*tensors, *settings)
         return loss, token_loss.detach()
-    return _LinearCrossEntropy.apply(*tensors, *options)
+    return _LinearCrossEntropy.apply(*tensors, *settings)
 
 
 def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
@@ -108,33 +105,30 @@ def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast and dtype != torch.float64 else dtype
 
 
-def default_chunk_size(n: int, weight: Tensor, dtype: torch.dtype, *, is_accelerated: bool) -> int:
+def default_chunk_size(n: int, weight: Tensor, dtype: torch.dtype, *, accelerated: bool) -> int:
     """Tokens a chunk, for n tokens whose logits are kept in `dtype`; chunks alike, in whole blocks.
 
     A chunk's logits take at most `CHUNK_BYTES`, or what the gradient of the weight takes where that is more: as many
-    as that on an accelerator, on a CPU 384 rows.
+    as that on an accelerator, on a CPU 384 tokens.
     """
-    block = 64  # of rows, for the tiles that products are made of
-    row, gradient = weight.shape[0] * dtype.itemsize, weight.numel() * weight.dtype.itemsize
-    most = max(CHUNK_BYTES // row, gradient // row if is_accelerated else min(384, gradient // row), 1)
+    block = 64  # of tokens, for the tiles that products are made of
+    of_token, gradient = max(1, weight.shape[0]) * dtype.itemsize, weight.numel() * weight.dtype.itemsize
+    most = max(CHUNK_BYTES // of_token, gradient // of_token if accelerated else min(384, gradient // of_token), 1)
     if most < block:
         return most
-    chunks = max(1, -(-n // (most // block * block)))
-    return max(1, -(-n // (chunks * block))) * block
+    count = max(1, -(-n // (most // block * block)))
+    return max(1, -(-n // (count * block))) * block
 
 
-def loss_and_grads(*args: Any) -> LossAndGrads:
-    """Solve a `Problem`, in the dtypes it names, whatever autocast is on."""
-    p = Problem(*args)
-    device = p.embed.device.type
+def loss_and_grads(*args: Any, **kwargs: Any) -> LossAndGrads:
+    """Solve a `Problem` by the loop for its device, in the dtypes that it names, whatever autocast is on."""
+    p = Problem(*args, **kwargs)
+    accelerated, device = chunked.is_accelerated(p.embed), p.embed.device.type
+    if not p.chunk_size:
+        kept = chunked.gradient_dtype(p.dtype) if accelerated else loss_dtype(p.dtype)  # what logits are kept in
+        p = p._replace(chunk_size=default_chunk_size(len(p.embed), p.weight, kept, accelerated=accelerated))
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return accelerated.loss_and_grads_or_none(p) or chunked_loss_and_grads(p)
-
-
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise RuntimeError under torch.func and its like, which would see constants where there are gradients."""
-    if is_transformed(*tensors):
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+        return chunked.loop_of_accelerator(p) if accelerated else chunked.loop_of_cpu(p)
 
 
 class _LinearCrossEntropy(Function):
@@ -153,7 +147,6 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        refuse_transforms(grad_loss)
 
         # scaled in place and let go, so that autograd need not copy the largest of them, (v, d)
         grads, ctx.grads = ctx.grads, None
@@ -169,27 +162,16 @@ class _LinearCrossEntropy(Function):
     schema='(Tensor embed, Tensor weight, Tensor? bias, Tensor target, Tensor token_weight, SymInt chunk_size, '
     'ScalarType dtype, bool[] needs_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
 )
-def compiled_loss_and_grads(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+def loss_and_grads_in_graph(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """`loss_and_grads` as one node of a compiled graph, not a loop unrolled; empty where no gradient is needed."""
     loss, token_loss, *grads = loss_and_grads(*args, **kwargs)
     return loss, token_loss, *(loss.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@compiled_loss_and_grads.register_fake
-def _(embed, weight, bias, target, token_weight, chunk_size, dtype, needs_grad):  # type: ignore[no-untyped-def]
-    wide = loss_dtype(dtype)
-    grads = (
-        torch.empty(t.shape if needed else (0,), dtype=wide, device=embed.device)
-        for t, needed in zip((embed, weight, bias), needs_grad, strict=True)
-    )
-    return embed.new_empty((), dtype=wide), embed.new_empty(embed.shape[0], dtype=wide), *grads
-
-
-@register_flop_formula(torch.ops.xtloss.linear_cross_entropy)
-def _flops(embed, weight, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
-    """Of its products, which a counter does not see inside a compiled graph."""
-    (n, d), v, needs_grad = embed, weight[0], kwargs.get('needs_grad', args[-1])
-    return 2 * n * d * v * (1 + sum(needs_grad[:2]))
+@loss_and_grads_in_graph.register_fake
+def _(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    token_loss, *grads = chunked.new_results(Problem(*args, **kwargs))
+    return token_loss.new_empty(()), token_loss, *(token_loss.new_empty(0) if g is None else g for g in grads)
 
 
 def _save_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -205,43 +187,4 @@ def _scale_grads(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None
     return *scaled, None, token_loss * grad_loss, *[None] * 3
 
 
-compiled_loss_and_grads.register_autograd(_scale_grads, setup_context=_save_grads)
-
-
-def _check(
-    embed: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    token_weight: Tensor,
-    bias: Tensor | None,
-    chunk_size: Any,
-) -> None:
-    for name, t in (('embed', embed), ('weight', weight), ('token_weight', token_weight)):
-        check_dtype(name, t, 'floating point')
-    check_dtype('target', target, 'integer')
-    if bias is not None:
-        check_dtype('bias', bias, 'floating point')
-    if chunk_size is not None:
-        check_integer('chunk_size', chunk_size)
-
-    if embed.ndim != 2:
-        raise ValueError(f'embed must have shape (N, d), got {tuple(embed.shape)}')
-    if weight.ndim != 2 or weight.shape[1] != embed.shape[1]:
-        raise ValueError(
-            f'weight must have shape (vocab, {embed.shape[1]}) as embed is wide, got {tuple(weight.shape)}'
-        )
-    if weight.shape[0] == 0:
-        raise ValueError(f'weight must have shape (vocab, {embed.shape[1]}) with vocab >= 1, got {tuple(weight.shape)}')
-    for name, vector, like in (
-        ('target', target, embed),
-        ('token_weight', token_weight, embed),
-        ('bias', bias, weight),
-    ):
-        if vector is not None and tuple(vector.shape) != (like.shape[0],):
-            of = 'embed' if like is embed else 'weight'
-            raise ValueError(f'{name} must have shape ({like.shape[0]},) like {of}, got {tuple(vector.shape)}')
-    for name, other in {'weight': weight, 'target': target, 'token_weight': token_weight, 'bias': bias}.items():
-        if other is not None:
-            check_device(name, other, embed.device, like='embed')
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f'chunk_size must be >= 1, got {chunk_size}')
+loss_and_grads_in_graph.register_autograd(_scale_grads, setup_context=_save_grads)

@@ -4,8 +4,6 @@ Zhu et al., Scaling Latent Reasoning via Looped Language Models, 2025, https://a
 x-transformers trains them. Dims: l loops, b batch, n positions.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

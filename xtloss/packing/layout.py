@@ -3,26 +3,18 @@
 Dims: s sequences, t tokens of all of them together, b rows, n positions in a row.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from xtloss.checks import check_dense, check_dtype, check_integer, plain
-from xtloss.packing.sequences import (
-    CPU,
-    as_tensors,
-    bits,
-    check_max_len,
-    check_pad_range,
-    check_pad_type,
-    from_numbers,
-    token_counts,
-)
+from xtloss.arguments import SIGNED, check, dtype_name, is_integer, is_number, plain
+
+CPU = torch.device('cpu')  # where lists and arrays lie, whatever the default device
+MAX_LEN = 2**31 - 1  # flash-attn counts the positions of a row in int32
 
 
 class Layout(NamedTuple):
@@ -34,9 +26,7 @@ class Layout(NamedTuple):
     shape: tuple[int, int]  # (b, n)
 
 
-def pack(
-    sequences: Sequence[Tensor] | Sequence[Sequence[float]] | Sequence[Any], max_len: int, pad_value: float = 0
-) -> tuple[Tensor, Tensor]:
+def pack(sequences: Sequence[Any], max_len: int, pad_value: float = 0) -> tuple[Tensor, Tensor]:
     """Pack sequences several to a row, whole, so that little of the batch is padding.
 
     Best-fit decreasing: the longest sequence goes first (of equal ones, the earlier in the input), into the row with
@@ -48,33 +38,30 @@ def pack(
         ([[3, 4, 5, 6], [1, 2, 7, 0]], [[2, 2, 2, 2], [1, 1, 3, 0]])
 
     Args:
-        sequences: s 1-D tensors of one dtype and device, s numpy arrays (mapped into memory, say), or s lists of
-            numbers, each of 1 … max_len tokens.
+        sequences: s of them, each of 1 … max_len tokens and what `torch.as_tensor` takes: a 1-D tensor, a list of
+            numbers, a numpy array (one mapped into memory, say, in either byte order).
         max_len: n, in [1, 2^31).
-        pad_value: number of the sequences' dtype, put where a row has nothing left to hold.
+        pad_value: number that the sequences' dtype can hold, put where a row has nothing left to hold.
 
     Returns:
-        x: (b, n), dtype and device of the tensors; of arrays, theirs, on the CPU; of lists, on the CPU, bool where all
-            numbers are, int64 where all are whole, else the default dtype; where there are no sequences (b = 0), the
-            dtype that a list of the pad value would get.
+        x: (b, n), of the dtype that `torch.as_tensor` gives each sequence, on the device of the tensors, else on the
+            CPU; where there are no sequences (b = 0), of the dtype that a list of the pad value would get.
         segment_ids: (b, n) int64, 1 + the index in the input of the sequence that lies there, 0 = padding.
 
     Raises:
-        TypeError: not such sequences, mixed or complex dtypes, `max_len` no int, `pad_value` of another kind.
+        TypeError: sequences of several dtypes, `max_len` no int, `pad_value` of another kind.
         ValueError: a sequence is empty, longer than `max_len`, not 1-D or on another device; a number out of range.
+        What `torch.as_tensor` raises for what is no sequence of numbers.
 
     Source: best-fit decreasing as in Johnson, "Near-optimal bin packing algorithms", 1973; for language models Ding et
     al., "Fewer truncations improve language modeling", 2024, https://arxiv.org/abs/2404.10830.
 
     """
-    check_integer('max_len', max_len)
-    check_pad_type(pad_value)
-    tensors = as_tensors('sequences', sequences)
-    check_pad_type(pad_value, tensors[0].dtype if tensors else None)
-    max_len = check_max_len(max_len)
-    lengths = token_counts('sequences', tensors, max_len)
+    check_max_len(max_len)
+    tensors = as_tensors('sequences', sequences, max_len)
+    lengths = [t.numel() for t in tensors]
     index = token_index(best_fit_decreasing(lengths, max_len))
-    x = lay_out(tensors or [from_numbers('pad_value', [pad_value])[:0]], index, pad_value)
+    x = lay_out(tensors or [torch.tensor([plain(pad_value)], device=CPU)[:0]], index, pad_value)
     return x, sequence_numbers(lengths)[index].to(x.device)
 
 
@@ -97,30 +84,20 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
 
     Raises:
         TypeError: `values` no tensor, `segment_ids` no tensor of integers.
-        ValueError: `segment_ids` not (b, n) or without values, or `values` not (b, n, ...) with the same b and n.
+        ValueError: `segment_ids` not (b, n), or `values` not (b, n, ...) with the same b and n.
 
     """
-    if not isinstance(values, Tensor):
-        raise TypeError(f'values must be a tensor, got {type(values).__name__}')
-    check_dense('values', values)
-    check_dtype('segment_ids', segment_ids, 'integer')
-    if segment_ids.ndim != 2:
-        raise ValueError(f'segment_ids must have shape (b, n), got {tuple(segment_ids.shape)}')
-    if values.shape[:2] != segment_ids.shape:
-        b, n = segment_ids.shape
-        raise ValueError(f'values must have shape ({b}, {n}, ...) like segment_ids, got {tuple(values.shape)}')
+    sizes = check({'segment_ids': 'integer: b n'}, {'segment_ids': segment_ids})
+    check({'values': 'tensor: b n ...'}, {'values': values}, None, **sizes)  # apart, as its device may be another
 
-    if segment_ids.is_meta:
-        raise ValueError('segment_ids must be on a device that holds values, got meta')
-
-    ids = bits(segment_ids)
+    ids = as_signed(segment_ids)
     begins = torch.ones_like(ids, dtype=torch.bool)  # (b, n), where a run begins
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    first = begins.flatten().nonzero().squeeze(-1)  # (runs,)
+    (first,) = rearrange(begins, 'b n -> (b n)').nonzero(as_tuple=True)  # (runs,)
     lengths = first.diff(append=first.new_tensor([ids.numel()]))
-    runs = torch.split(values.flatten(0, 1), lengths.tolist())
+    runs = torch.split(rearrange(values, 'b n ... -> (b n) ...'), lengths.tolist())
 
-    numbers = ids.flatten()[first].view(segment_ids.dtype).tolist()
+    numbers = ids[begins].view(segment_ids.dtype).tolist()
     return [runs[k] for k in sorted(range(len(runs)), key=numbers.__getitem__) if numbers[k] != 0]
 
 
@@ -172,8 +149,68 @@ def sequence_numbers(lengths: Sequence[int]) -> Tensor:
 def lay_out(sequences: Sequence[Tensor], index: Tensor, pad_value: float) -> Tensor:
     """(b, n): of all sequences end to end, the token that `index` names, from 1 on; the padding where it is 0."""
     dtype = sequences[0].dtype
-    check_pad_range(pad_value, dtype)
+    check_pad_value(pad_value, dtype)
     padding = sequences[0].new_full((1,), plain(pad_value))
-    tokens = torch.cat([bits(t) for t in (padding, *sequences)])  # (1 + t,)
+    tokens = torch.cat([as_signed(t) for t in (padding, *sequences)])  # (1 + t,)
     x = tokens[index.to(tokens.device)]
-    return x if x.dtype == dtype else x.view(dtype)  # which cuts off the graph
+    return x if x.dtype == dtype else x.view(dtype)  # integers alone, as a view in a dtype has no gradient
+
+
+def as_signed(t: Tensor) -> Tensor:
+    """Return the same bits as signed integers: torch can neither index nor compare unsigned ones of 16 bits or more."""
+    return t.view(SIGNED[t.dtype]) if t.dtype in SIGNED else t
+
+
+def as_tensors(
+    name: str, sequences: Sequence[Any], max_len: int = MAX_LEN, dtype_of_lists: torch.dtype | None = None
+) -> list[Tensor]:
+    """Return sequences as 1-D tensors of 1 … max_len tokens, of one dtype and device; see `pack` for what it raises."""
+    if not isinstance(sequences, Sequence):
+        raise TypeError(f'{name} must be a list of sequences, got {type(sequences).__name__}')
+    tensors = [as_tensor(f'{name}[{k}]', sequence, dtype_of_lists) for k, sequence in enumerate(sequences)]
+    for k, t in enumerate(tensors):
+        first = tensors[0]
+        if t.ndim != 1:
+            raise ValueError(f'{name}[{k}] must be 1-D, got shape {tuple(t.shape)}')
+        if not 1 <= t.numel() <= max_len:
+            raise ValueError(f'{name}[{k}] must have 1 to {max_len} tokens, got {t.numel()}')
+        if t.dtype != first.dtype or t.device != first.device:
+            error = ValueError if t.dtype == first.dtype else TypeError
+            wanted, got = (f'{dtype_name(of.dtype)} on {of.device}' for of in (first, t))
+            raise error(f'{name}[{k}] must be {wanted} like {name}[0], got {got}')
+    return tensors
+
+
+def as_tensor(name: str, sequence: Any, dtype_of_lists: torch.dtype | None) -> Tensor:
+    """Return what `torch.as_tensor` makes of a sequence; of a list, in its dtype where there is one."""
+    if isinstance(sequence, Tensor):
+        return sequence
+    if hasattr(sequence, '__array_interface__'):  # torch warns of read-only arrays, and takes no other byte order
+        return torch.as_tensor(sequence.astype(sequence.dtype.newbyteorder('=')), device=CPU)
+    t = torch.as_tensor(sequence, device=CPU)
+    if dtype_of_lists in (None, t.dtype):
+        return t
+    if t.is_floating_point() and t.numel() > 0 and not dtype_of_lists.is_floating_point:  # torch would cut 2.5 to 2
+        raise TypeError(f'{name} must hold numbers of {dtype_name(dtype_of_lists)}, got {dtype_name(t.dtype)}')
+    return t.to(dtype_of_lists)
+
+
+def check_max_len(max_len: int) -> None:
+    """Raise TypeError or ValueError unless it is a width that a row can have."""
+    check({'max_len': 'count'}, {'max_len': max_len})
+    if max_len > MAX_LEN:
+        raise ValueError(f'max_len must be at most {MAX_LEN}, got {max_len}')
+
+
+def check_pad_value(pad_value: Any, dtype: torch.dtype) -> None:
+    """Raise TypeError or ValueError for a number that integers, or bools, cannot hold: torch rounds or wraps it."""
+    is_whole = isinstance(pad_value, bool) or is_integer(pad_value)
+    if not is_whole and not is_number(pad_value):
+        raise TypeError(f'pad_value must be a number, got {type(pad_value).__name__}')
+    if dtype.is_floating_point or dtype.is_complex:
+        return
+    if not is_whole:
+        raise TypeError(f'pad_value must be an integer for {dtype_name(dtype)} sequences, got {pad_value}')
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not low <= plain(pad_value) <= high:
+        raise ValueError(f'pad_value must be in [{low}, {high}] for {dtype_name(dtype)} sequences, got {pad_value}')

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xtloss.checks import check_number_type, plain
+from xtloss.arguments import check, is_number, plain
+from xtloss.tensors import loss_dtype
 
 
 def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -17,27 +18,25 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
 
         1/W · Σ_ranks Σ w·ℓ / R  =  Σ_ranks Σ w·ℓ / Σ_ranks Z,    as R = Σ_ranks Z / W
 
-    To report the loss, sum it over the micro-batches and average it over the ranks, as the gradient is.
-
         >>> wrapper = model.module if isinstance(model, DistributedDataParallel) else model
         >>> Z = global_normalizer(sum(wrapper.loss_normalizer(**mb) for mb in micro_batches))
         >>> for mb in micro_batches:
         ...     model(**mb, normalizer=Z).backward()
 
-    All ranks of the group must call it, those with nothing to count too (``total`` is 0 there), and run as many
-    backward passes as the others, be it on a batch of no rows. Without a process group there is one rank.
+    All ranks of the group must call it, those with nothing to count too (with 0), and run as many backward passes as
+    the others, be it on a batch of no rows. Without a process group there is one rank. To report the loss, sum it over
+    the micro-batches and average it over the ranks, as the gradient is.
 
     - DDP: as above; under ``no_sync`` for all micro-batches but the last, as usual.
     - FSDP2: as above. ``fully_shard`` the blocks and the wrapper itself, not its ``net``: a head that is gathered only
       inside ``net`` is a sharded DTensor to the wrapper, which then takes the path over the logits. A policy of mixed
-      precision casts what the wrapper is handed, R too, which bfloat16 rounds to 3 digits: give that of the wrapper
-      ``cast_forward_inputs=False``.
-    - accelerate: ``accelerator.unwrap_model(model)`` is the wrapper; ``accelerator.reduce(Z, 'mean')`` gives the same
-      number. ``accelerator.backward`` divides by ``accelerator.gradient_accumulation_steps``: pass
+      precision casts R too, which bfloat16 rounds to 3 digits: give the wrapper's ``cast_forward_inputs=False``.
+    - accelerate: ``accelerator.unwrap_model(model)`` is the wrapper, and ``accelerator.reduce(Z, 'mean')`` gives the
+      same number. As ``accelerator.backward`` divides the loss by ``accelerator.gradient_accumulation_steps``, pass
       ``normalizer=Z / accelerator.gradient_accumulation_steps``.
     - Lightning: ``fabric.all_reduce(Z, reduce_op='mean')``, or in a module ``self.trainer.strategy.reduce(Z,
-      reduce_op='mean')``, gives the same number (and may write it into Z). ``Trainer(accumulate_grad_batches=k)``
-      divides the loss by k: pass ``normalizer=Z / k``.
+      reduce_op='mean')``, gives the same number (and may write it into Z). As ``Trainer(accumulate_grad_batches=k)``
+      divides the loss by k, pass ``normalizer=Z / k``.
 
     Args:
         total: 0-dim tensor, of any integer or floating point dtype; or a number, numpy's too, finite and >= 0.
@@ -52,22 +51,22 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
         ValueError: `total` has dims, is negative or not finite (numbers; a tensor is not read).
 
     """
-    check_number_type('total', total)
-    if group is not None and not isinstance(group, dist.ProcessGroup):
+    if group is not None and not isinstance(group, dist.ProcessGroup):  # torch would warn, and sum nothing
         raise TypeError(f'group must be a process group that this rank belongs to, got {type(group).__name__}')
-    check_total(total)
-
     grouped = dist.is_available() and dist.is_initialized()
     device = communication_device(group) if grouped else torch.device('cpu')
     if isinstance(total, Tensor):
-        home, dtype = total.device, torch.promote_types(total.dtype, torch.float32)
-        total = total.detach()
+        check({'total': 'number'}, {'total': total})
+        total, home, dtype = total.detach(), total.device, loss_dtype(total.dtype)
+    elif not is_number(total):
+        raise TypeError(f'total must be a number or a 0-dim tensor, got {type(total).__name__}')
+    elif not 0 <= plain(total) <= torch.finfo(torch.float64).max:
+        raise ValueError(f'total must be >= 0 and finite, got {total}')
     else:
-        home, dtype = device, torch.float64
+        total, home, dtype = plain(total), device, torch.float64
     if not grouped:
         return torch.as_tensor(total, dtype=dtype, device=home)
-
-    # the dtype and device of `total` must not matter: a rank without micro-batches brings the number 0, not a tensor
+    # in one dtype and on one type of device, as a rank without micro-batches brings the number 0, not a tensor
     summed = torch.as_tensor(total, dtype=torch.float64, device=device).clone()
     dist.all_reduce(summed, group=group)
     return (summed / dist.get_world_size(group)).to(home, dtype)
@@ -75,17 +74,7 @@ def global_normalizer(total: Tensor | float, group: dist.ProcessGroup | None = N
 
 def communication_device(group: dist.ProcessGroup | None) -> torch.device:
     """Return the device all ranks reduce on: CUDA where there is NCCL, else the CPU, else the one the group knows."""
-    config = dist.get_backend_config(group)  # 'cpu:gloo,cuda:nccl'
-    backends = dict(pair.split(':') for pair in config.split(','))
+    backends = dict(pair.split(':') for pair in dist.get_backend_config(group).split(','))  # cpu:gloo,cuda:nccl
     if backends.get('cuda') == 'nccl' and torch.cuda.is_available():
         return torch.device('cuda')
     return torch.device('cpu' if 'cpu' in backends else next(iter(backends)))
-
-
-def check_total(total: Tensor | float) -> None:
-    """Raise ValueError unless it is a finite number >= 0 or a 0-dim tensor."""
-    if isinstance(total, Tensor):
-        if total.ndim > 0:
-            raise ValueError(f'total must have shape (), got {tuple(total.shape)}')
-    elif not 0 <= plain(total) <= torch.finfo(torch.float64).max:
-        raise ValueError(f'total must be >= 0 and finite, got {total}')
