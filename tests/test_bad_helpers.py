@@ -1,120 +1,81 @@
 """What lies inside sequences and examples may be wrong too: the errors of pack and collate beside the table's."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from xtloss import collate, pack
+from xtloss import collate, pack, unpack
 
 LONG, SHORT = torch.arange(5), torch.arange(2)
-HUGE = 10**30
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
+    ('arguments', 'error', 'message'),
     [
-        (([SHORT, 3], 4), r'sequences\[1\] must be a tensor or a list of numbers, got int'),
-        ((['text'], 4), r'sequences\[0\] must be a tensor or a list of numbers, got str'),
-        (([SHORT, [3]], 4), r'sequences\[1\] must be a tensor of int64 like sequences\[0\], got a list'),
-        (([[3], SHORT], 4), r'sequences\[1\] must be a list like sequences\[0\], got a tensor of int64'),
+        (([[1, 2], [2.5]], 4), TypeError, 'sequences[1] must be int64 on cpu like sequences[0], got float32 on cpu'),
+        (([SHORT, SHORT.bool()], 4), TypeError, 'sequences[1] must be int64 on cpu like sequences[0], got bool on cpu'),
         (
-            ([SHORT, SHORT.bool()], 4),
-            r'sequences\[1\] must be a tensor of int64 like sequences\[0\], got a tensor of bo',
+            ([SHORT, SHORT.to('meta')], 4),
+            ValueError,
+            'sequences[1] must be int64 on cpu like sequences[0]',
         ),
-        (([['a'], ['b']], 4), r'sequences must hold numbers'),
-        (([], 4, None), r'pad_value must be a number, got NoneType'),
-        (([SHORT.bool()], 4, 0.0), r'pad_value must be an integer for bool sequences, got 0.0'),
-        (([SHORT * 1.0], 4, 1j), r'pad_value must be a number, got complex'),
-        (([SHORT * 1j], 4), r'sequences\[0\] must hold real numbers, got complex64'),
-        (([SHORT.to_sparse()], 4), r'sequences\[0\] must be a dense tensor, got a sparse_coo one'),
-        (([[1j]], 4), r'sequences must hold numbers, got complex'),
-        (([[1, None]], 4), r'sequences must hold numbers, got NoneType'),
-        (([[torch.tensor(1)]], 4), r'sequences must hold numbers, got Tensor'),
-        (([None], 4), r'sequences\[0\] must be a tensor or a list of numbers, got NoneType'),
-        (([(i for i in range(2))], 4), r'sequences\[0\] must be a tensor or a list of numbers, got generator'),
-        (((i for i in [[1]]), 4), r'sequences must be a list of tensors or of lists, got generator'),
-        (([np.int64(3)], 4), r'sequences\[0\] must be a tensor or a list of numbers, got int64'),
-        (([np.ones(2), [1.0]], 4), r'sequences\[1\] must be a tensor of float64 like sequences\[0\], got a list'),
-        (([np.array(['a'])], 4), r'sequences\[0\] must hold numbers that torch has a dtype for, got <U1'),
-        (([np.array([None])], 4), r'sequences\[0\] must hold numbers that torch has a dtype for, got object'),
-        (([SHORT[:0], SHORT.bool()], 0), r'sequences\[1\] must be a tensor of int64 like'),  # types come first
+        (([np.ones(2), [1.0]], 4), TypeError, 'sequences[1] must be float64 on cpu like sequences[0], got float32'),
+        (([SHORT, LONG], 4), ValueError, 'sequences[1] must have 1 to 4 tokens, got 5'),
+        (([[1], []], 4), ValueError, 'sequences[1] must have 1 to 4 tokens, got 0'),  # not: an empty list is float32
+        (([SHORT, 3], 4), ValueError, 'sequences[1] must be 1-D, got shape ()'),
+        (([b'bytes'], 8), TypeError, 'new(): invalid data type'),  # torch's, as it is
+        ((b'bytes', 8), ValueError, 'sequences[0] must be 1-D'),
+        (((i for i in [[1]]), 4), TypeError, 'sequences must be a list of sequences, got generator'),
+        (([SHORT], 2**31), ValueError, 'max_len must be at most 2147483647, got 2147483648'),
+        (([], 4, None), TypeError, ''),
+        (([SHORT], None), TypeError, ''),
+        # torch takes all of these, and puts another number there
+        (([SHORT.to(torch.uint8)], 4, -1), ValueError, 'pad_value must be in [0, 255] for uint8 sequences, got -1'),
+        (([SHORT.bool()], 4, -100), ValueError, 'pad_value must be in [0, 1] for bool sequences, got -100'),
+        (([SHORT.bool()], 4, 0.0), TypeError, 'pad_value must be an integer for bool sequences, got 0.0'),
+        (([SHORT], 4, 0.5), TypeError, 'pad_value must be an integer for int64 sequences, got 0.5'),
+        (([SHORT.to(torch.uint64)], 4, -1), ValueError, 'pad_value must be in [0, 18446744073709551615] for uint64'),
+        (([SHORT * 1.0], 4, 1j), TypeError, 'pad_value must be a number, got complex'),
     ],
 )
-def test_pack_refuses_wrong_types(arguments, message):
-    with pytest.raises(TypeError, match=message):
+def test_pack_refuses(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match='^' + re.escape(message)):
         pack(*arguments)
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (([SHORT, LONG], 4), r'sequences\[1\] must have at most max_len = 4 tokens, got 5'),
-        (([SHORT, SHORT[:0]], 4), r'sequences\[1\] must have at least 1 token, got 0'),
-        (([[1], []], 4), r'sequences\[1\] must have at least 1 token, got 0'),
-        (([torch.tensor(1)], 4), r'sequences\[0\] must be 1-D, got shape \(\)'),
-        (([[[1, 2]]], 4), r'sequences must be lists of numbers, got lists of shape \(2,\) in them'),
-        (([SHORT, SHORT.to('meta')], 4), r'sequences\[1\] must be on cpu like sequences\[0\], got meta'),
-        (([SHORT.to(torch.uint8)], 4, -1), r'pad_value must be in \[0, 255\] for uint8 sequences, got -1'),
-        (([SHORT.bool()], 4, -100), r'pad_value must be in \[0, 1\] for bool sequences, got -100'),
-        (([SHORT.to(torch.uint16)], 4, 2**16), r'pad_value must be in \[0, 65535\] for uint16 sequences, got 65536'),
-        (([SHORT.half()], 4, 1e60), r'pad_value must be in \[-65504.0, 65504.0\] for float16 sequences, got 1e\+60'),
-        (([SHORT.bfloat16()], 4, 10**400), r'pad_value must be in .* for bfloat16 sequences, got 1000'),
-        (([], 4, HUGE), r'pad_value must hold numbers of int64, got 1000'),
-        (([[HUGE]], 4), r'sequences must hold numbers of int64, got 1000'),
-        (([[1e60, 1]], 4), r'sequences must hold numbers of float32, got 1e\+60'),
-        (([np.ones((2, 2))], 4), r'sequences\[0\] must be 1-D, got shape \(2, 2\)'),
-    ],
-)
-def test_pack_refuses_wrong_values(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        pack(*arguments)
+@pytest.mark.parametrize('arguments', [(None, SHORT[None]), (SHORT[None], None)])
+def test_unpack_refuses_none(arguments: Any) -> None:
+    with pytest.raises(TypeError, match='must be tensors, got None'):
+        unpack(*arguments)
 
 
 @pytest.mark.parametrize(
     ('examples', 'options', 'error', 'message'),
     [
-        ([SHORT, LONG], {'max_len': 4}, ValueError, r'x\[1\] must have at most max_len = 4 tokens, got 5'),
-        ([{'x': SHORT}, SHORT], {}, TypeError, r'examples\[1\] must be a dict like examples\[0\], got Tensor'),
-        ([SHORT, {'x': SHORT}], {}, TypeError, r'x\[1\] must be a tensor or a list of numbers, got dict'),
+        ([SHORT, LONG], {'max_len': 4}, ValueError, 'x[1] must have 1 to 4 tokens, got 5'),
+        ([{'x': SHORT, 'mask': LONG.bool()}], {}, ValueError, 'mask[0] must have 2 tokens like x[0], got 5'),
+        ([{'x': SHORT, 'score': torch.ones(2, 3)}], {}, ValueError, 'score[0] must be 1-D, got shape (2, 3)'),
+        ([{'x': SHORT, 'loss_weight': 2.0}], {}, ValueError, 'loss_weight[0] must be 1-D, got shape ()'),
+        ([], {'pad_value': 0.5}, TypeError, 'pad_value must be an integer for int64 sequences, got 0.5'),
+        # keys that would be lost without a word
         (
-            [{'x': SHORT}, {'x': SHORT, 'loss_mask': SHORT.bool()}],
+            [{'x': SHORT}, {'x': SHORT, 'mask': SHORT.bool()}],
             {},
             ValueError,
-            r"examples\[1\] must have the keys \['x'\], got \['loss_mask', 'x'\]",
+            "examples[1] must have the keys ['x'], got",
         ),
-        (
-            [{'x': SHORT, 'loss_mask': LONG.bool()}],
-            {'layout': 'packed'},
-            ValueError,
-            r'loss_mask\[0\] must have 2 tokens like x\[0\], got 5',
-        ),
-        (
-            [{'x': SHORT, 'score': torch.ones(2, 3)}],
-            {},
-            ValueError,
-            r'^score\[0\] must be 1-D, got shape \(2, 3\)',
-        ),
-        ([], {'pad_value': 0.5}, TypeError, r'pad_value must be an integer for int64 sequences, got 0.5'),
-        ([{'x': SHORT, 'lens': SHORT}], {}, ValueError, r"examples\[0\] must not have the key 'lens'"),
-        ([{'x': SHORT, 'lens': SHORT}], {'layout': 'packed'}, ValueError, r"must not have the key 'lens'"),
-        ([{'x': SHORT, 'segment_ids': SHORT}], {}, ValueError, r"must not have the key 'segment_ids'"),
-        ([{'x': SHORT, 'segment_ids': SHORT}], {'layout': 'packed'}, ValueError, r"not have the key 'segment_ids'"),
-        ([{'x': SHORT}, {'x': SHORT, 3: SHORT}], {}, TypeError, r'examples\[1\] must have strings as keys, got int'),
-        ([{'x': [1, 2.0]}], {}, TypeError, r'x must hold integers, got float'),
-        ([{'x': [True]}], {}, TypeError, r'x must hold integers, got bool'),
-        (
-            [{'x': SHORT, 'loss_weight': 2.0}],
-            {},
-            TypeError,
-            r'loss_weight\[0\] must be a tensor or a list .*, got float',
-        ),
-        ([{'x': [1], 'loss_weight': [True]}], {}, TypeError, r'loss_weight must hold numbers, got bool'),
-        ([{'x': [1], 'loss_weight': [1e60]}], {}, ValueError, r'loss_weight must hold numbers of float32, got 1e\+60'),
-        ([{'x': [1], 'loss_mask': [1.0]}], {}, TypeError, r'loss_mask must hold bools, or 0 and 1, got float'),
-        ([{'x': [1], 'loss_mask': [2]}], {}, ValueError, r'loss_mask must hold numbers of bool, got 2'),
-        ([{'x': [1], 'score': [0.5]}], {}, TypeError, r'score must be tensors or arrays where it holds floats'),
+        ([SHORT, {'x': SHORT, 'mask': SHORT}], {}, ValueError, "examples[1] must have the keys ['x'], got"),
+        ([{'x': SHORT, 'lens': SHORT}], {'layout': 'packed'}, ValueError, "examples[0] must have the keys ['x'], got"),
+        ([{'x': SHORT, 'segment_ids': SHORT}], {}, ValueError, "examples[0] must have the keys ['x'], got"),
+        # floats that would be cut; an empty list is none of them
+        ([[1, 2], []], {}, ValueError, 'x[1] must have 1 to'),
+        ([[1, 2], [1, 2.5]], {}, TypeError, 'x[1] must hold numbers of int64, got float32'),
+        ([{'x': [1], 'loss_mask': [0.5]}], {}, TypeError, 'loss_mask[0] must hold numbers of bool, got float32'),
     ],
 )
-def test_collate_refuses_bad_input(examples, options, error, message):
-    with pytest.raises(error, match=message):
+def test_collate_refuses(examples: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match='^' + re.escape(message)):
         collate(examples, **options)

@@ -121,7 +121,7 @@ LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] 
     'weight_norm': (after(lambda net: parametrizations.weight_norm(net.to_logits)), {}, 'Parametrized'),
     'spectral_norm': (after(lambda net: spectral_norm(net.to_logits)), {}, 'head has hooks'),
     'pruned': (after(lambda net: prune.l1_unstructured(net.to_logits, 'weight', 5)), {}, 'head has hooks'),
-    'mixture of softmax': (lambda: decoder(mixture_of_softmax=True), {}, 'mixture_of_softmax'),
+    'mixture of softmax': (lambda: decoder(mixture_of_softmax=True), {}, 'to_mixture'),
     'sigsoftmax': (lambda: decoder(sigsoftmax_logits=True), {}, 'sigsoftmax_logits'),
     'looped': (lambda: decoder(looped=True, layers_pre_and_post_norm=True), {}, 'looped'),
     'attn_pool': (lambda: decoder(attn_pool=True), {}, 'attn_pool'),
@@ -134,9 +134,9 @@ LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] 
 
 # the same, but x-transformers' own loss cannot be had of them, or not in every release
 NO_LOSS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
-    'use_cls_token': (lambda: decoder(use_cls_token=True), {}, 'use_cls_token'),
+    'use_cls_token': (lambda: decoder(use_cls_token=True), {}, 'cls_token'),
     'average_pool_embed': (lambda: decoder(average_pool_embed=True), {}, 'average_pool_embed'),
-    'return_only_embed': (lambda: decoder(return_only_embed=True), {}, 'return_only_embed'),
+    'return_only_embed': (lambda: decoder(return_only_embed=True), {}, 'NoneType'),
     'return_logits_and_embeddings': (decoder, {'return_logits_and_embeddings': True}, 'return_logits_and_embeddings'),
     'excise_prepend_embeds': (decoder, {'excise_prepend_embeds': True}, 'excise_prepend_embeds'),
     'return_embeddings': (decoder, {'return_embeddings': True}, 'return_embeddings'),

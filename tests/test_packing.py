@@ -66,11 +66,6 @@ def test_a_row_by_hand():
     assert segment_ids.tolist() == [[2, 2, 2, 2, 3], [4, 4, 4, 1, 1]]
 
 
-def test_lists_of_mixed_numbers_become_one_dtype():
-    x, _ = pack([[1, 1], [0.5]], max_len=2)
-    assert x.tolist() == [[1, 1], [0.5, 0]]
-
-
 def test_gradients_flow_through_packing():
     sequences = [torch.randn(length, dtype=torch.float64, requires_grad=True) for length in (2, 3, 1)]
     x, segment_ids = pack(sequences, max_len=4)

@@ -1,7 +1,6 @@
 """The arguments of the package: what each must be, what the wrappers do with it, and the check of all of them.
 
-Types and dtypes that are wrong raise TypeError, shapes, devices and ranges ValueError, before the network runs. No
-check reads a tensor's values, which would stall a GPU.
+No check reads a tensor's values, which would stall a GPU.
 
 Dims: b batch, n positions, d features, p prepended embeddings, m positions of a memory.
 """
@@ -18,12 +17,7 @@ from x_transformers.x_transformers import AttentionLayers, TransformerWrapper
 
 
 class Argument(NamedTuple):
-    """What is known of an argument of a wrapper's forward, or of the network's."""
-
-    rule: str = ''
-    """The kind of its dtype, or of the number that it is, and its dims, as `check` reads them; '': not checked here."""
-    traits: str = ''
-    """Words of these:
+    """What is known of an argument of a wrapper's forward, or of the network's: a rule for `check`, and its traits.
 
     - loss: it belongs to the wrapper that names it in its forward, and is not handed to the network
     - counts: it says which targets count
@@ -34,6 +28,9 @@ class Argument(NamedTuple):
     - ids: whatever its integer dtype, the network gets int64: it would take narrower positions for embeddings
     - framewise: it is for given frames, and a rollout, which reads frames that it predicts, refuses it
     """
+
+    rule: str  # '': not checked
+    traits: str
 
 
 ARGUMENTS = {
@@ -115,7 +112,7 @@ def refuse_given(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}  # of the same bits
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *SIGNED)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DTYPES: dict[str, tuple[torch.dtype, ...]] = {'bool': (torch.bool,), 'integer': INTEGERS, 'floating point': FLOATS}
+DTYPES = {'bool': (torch.bool,), 'integer': INTEGERS, 'floating point': FLOATS, 'number': FLOATS + INTEGERS}
 FLOAT32 = torch.finfo(torch.float32)
 
 
@@ -135,32 +132,28 @@ def check(
             of a shape ends in the argument's note.
 
     """
-    first, device = None, None
+    first = device = None
     for argument, rule in rules.items():
         kind, _, dims = rule.partition(': ')
         for name, value in _each(argument, values[argument], kind) if argument in values else []:
             check_kind(name, value, kind.removeprefix('list of '))
-            if kind == 'number':
-                _check_normalizer(name, value, device)
-            if not isinstance(value, Tensor) or kind == 'number':
+            if not isinstance(value, Tensor):
                 continue
-            if dims:
-                fitting = [shape for shape in dims.split(' | ') if _fits(value.shape, shape.split(), sizes)]
-                if not fitting:
-                    shapes = ' or '.join(_shown(shape.split(), sizes) for shape in dims.split(' | '))
-                    like = f' like {first}' if first else ''
-                    note = (notes or {}).get(name, '')
-                    raise ValueError(f'{name} must have shape {shapes}{like}, got {tuple(value.shape)}{note}')
-                for dim, size in zip(fitting[0].split(), value.shape):  # noqa: B905
-                    sizes.setdefault(dim, size)
+            shapes = [shape.split() for shape in dims.split(' | ')]
+            fitting = [shape for shape in shapes if kind == 'number' or not dims or _fits(value.shape, shape, sizes)]
+            if not fitting or (kind == 'number' and value.ndim > 0):
+                like, note = f' like {first}' if first and fitting != [[]] else '', (notes or {}).get(name, '')
+                wanted = ' or '.join(_shown(shape, sizes) for shape in shapes)
+                raise ValueError(f'{name} must have shape {wanted}{like}, got {tuple(value.shape)}{note}')
+            for dim, size in zip(fitting[0], value.shape):  # noqa: B905
+                sizes.setdefault(dim, size)
             first, device = first or name, device or value.device
-            if value.device != device:
+            if value.device != device and not (kind == 'number' and value.device.type == 'cpu'):
                 raise ValueError(f'{name} must be on {device} like {first}, got {value.device}')
     return sizes
 
 
 def _each(name: str, value: Any, kind: str) -> list[tuple[str, Any]]:
-    """Return a value, or all in a list where the kind is one, but for None."""
     if not kind.startswith('list of '):
         return [(name, value)]
     if not isinstance(value, (list, tuple)):
@@ -169,26 +162,26 @@ def _each(name: str, value: Any, kind: str) -> list[tuple[str, Any]]:
 
 
 def check_kind(name: str, value: Any, kind: str) -> None:
-    """Raise TypeError unless it is of this kind, and ValueError for a count below 1."""
-    if kind == 'flag' and not isinstance(value, bool):
-        raise TypeError(f'{name} must be bool, got {type(value).__name__}')
-    if kind == 'count':
-        if not is_integer(value):
-            raise TypeError(f'{name} must be int, got {type(value).__name__}')
-        if value < 1:
-            raise ValueError(f'{name} must be >= 1, got {value}')
-    if kind in ('flag', 'count') or (kind == 'number' and is_number(value)):
-        return
-    if not isinstance(value, Tensor):
-        rule = {'number': 'a number or a 0-dim tensor', 'tensor': 'a tensor'}.get(kind, f'{kind}, a tensor')
+    """Raise TypeError unless it is of this kind, ValueError for a count or a number out of range."""
+    is_right, rule = {
+        'flag': (isinstance(value, bool), 'bool'),
+        'count': (is_integer(value), 'int'),
+        'number': (is_number(value) or isinstance(value, Tensor), 'a number or a 0-dim tensor'),
+        'tensor': (isinstance(value, Tensor), 'a tensor'),
+    }.get(kind, (isinstance(value, Tensor), f'{kind}, a tensor'))
+    if not is_right:
         raise TypeError(f'{name} must be {rule}, got {type(value).__name__}')
-    dtypes = DTYPES.get(kind, FLOATS + INTEGERS)
-    if kind != 'tensor' and value.dtype not in dtypes:
-        rule = 'floating point or integer' if kind == 'number' else kind
-        raise TypeError(f'{name} must be {rule}, got {dtype_name(value.dtype)}')
-    if value.is_nested or value.layout != torch.strided:
-        layout = 'nested' if value.is_nested else str(value.layout).removeprefix('torch.')
-        raise TypeError(f'{name} must be a dense tensor, got a {layout} one')
+    if isinstance(value, Tensor):
+        if kind != 'tensor' and value.dtype not in DTYPES[kind]:
+            rule = 'floating point or integer' if kind == 'number' else kind
+            raise TypeError(f'{name} must be {rule}, got {dtype_name(value.dtype)}')
+        if value.is_nested or value.layout != torch.strided:
+            layout = 'nested' if value.is_nested else str(value.layout).removeprefix('torch.')
+            raise TypeError(f'{name} must be a dense tensor, got a {layout} one')
+    elif kind == 'count' and value < 1:
+        raise ValueError(f'{name} must be >= 1, got {value}')
+    elif kind == 'number' and not FLOAT32.tiny <= plain(value) <= FLOAT32.max:  # a tracer knows no isfinite
+        raise ValueError(f'{name} must be > 0 and finite in float32, got {value}')
 
 
 def _fits(shape: torch.Size, dims: list[str], sizes: Mapping[str, int]) -> bool:
@@ -203,16 +196,6 @@ def _fits(shape: torch.Size, dims: list[str], sizes: Mapping[str, int]) -> bool:
 def _shown(dims: list[str], sizes: Mapping[str, int]) -> str:
     shown = [f'{sizes[dim[:-1]]} or more' if dim.endswith('+') else str(sizes.get(dim, dim)) for dim in dims]
     return f'({", ".join(shown)}{"," * (len(shown) == 1)})'
-
-
-def _check_normalizer(name: str, value: Tensor | float, device: torch.device | None) -> None:
-    if isinstance(value, Tensor):
-        if value.ndim > 0:
-            raise ValueError(f'{name} must have shape (), got {tuple(value.shape)}')
-        if device is not None and value.device not in (device, torch.device('cpu')):
-            raise ValueError(f'{name} must be on {device} like x, got {value.device}')
-    elif not FLOAT32.tiny <= plain(value) <= FLOAT32.max:  # a tracer knows no isfinite
-        raise ValueError(f'{name} must be > 0 and finite in float32, got {value}')
 
 
 # numbers and dtypes
@@ -231,9 +214,7 @@ def is_integer(value: Any) -> TypeGuard[int]:
 
 def plain(number: Any) -> float:
     """Return the number as one of Python's, which can be compared with all others: numpy's float16 cannot."""
-    if isinstance(number, (int, float)):
-        return number
-    return int(number) if isinstance(number, Integral) else float(number)
+    return number if isinstance(number, (int, float)) else float(number)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,12 +1,12 @@
 """The loss of a linear head and its gradients, in one pass over chunks of tokens: three matrix products.
 
-With logits z (r, v), m the largest of a row's but the target's, E = exp(z - m), 0 at the target, and s its row sum,
-nll is softplus(D), where D = m + log(s) - z[target], and the gradient of a row's logits is
-c · (E - s · onehot(target)), where c = token_weight · sigmoid(D) / s.
+Of the logits z of a token let m be the largest but the target's, E = exp(z - m) with 0 at the target, and s its sum.
+Then nll = softplus(D) with D = m + log(s) - z[target], and the gradient of token_weight · nll by z is
+c · (E - s · onehot(target)) with c = token_weight · sigmoid(D) / s.
 
-Two loops do it, as time goes elsewhere. A CPU's goes into the products: its loop works in place, in one float32 buffer.
-An accelerator's goes into bytes: its loop keeps logits as narrow as products give them, and beside the products two
-compiled functions read each logit twice and write it once.
+There are two loops, as a CPU spends its time on the products, and an accelerator on bytes that are read and written.
+That of a CPU works in place, in one float32 buffer. That of an accelerator keeps logits as narrow as the products give
+them, and beside the products two compiled functions read each logit twice and write it once.
 
 Dims: N tokens, d width, v vocabulary, r tokens of a chunk.
 """
@@ -70,7 +70,7 @@ def new_results(p: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tenso
 
 
 def loop_of_cpu(p: Problem) -> LossAndGrads:
-    """Solve it in place; in full precision c scales what the gradient products take and give, not the logits."""
+    """Solve it in place. In float32 c scales what the gradient products take and give: that is less than (r, v)."""
     n, v = len(p.embed), len(p.weight)
     wide, grad_dtype = loss_dtype(p.dtype), gradient_dtype(p.dtype)
     head = p.weight.to(p.dtype)
@@ -135,7 +135,7 @@ def is_accelerated(embed: Tensor) -> bool:
 
 @cache
 def has_compiler(device_type: str) -> bool:
-    """Tell whether torch.compile works there; tried once, on a trivial function, and where it does not, said once."""
+    """Tell whether torch.compile works there, by trying it once on a trivial function; warn where it does not."""
     try:
         compiled(softplus)(torch.zeros(2, device=device_type))
     except torch.OutOfMemoryError:
@@ -149,7 +149,7 @@ def has_compiler(device_type: str) -> bool:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function for all sizes; it runs as it is written beyond dynamo's limit of compilations."""
+    """Compile a function for all sizes; beyond the limit of its compilations dynamo runs it as it is written."""
     return torch.compile(function, dynamic=True)
 
 
@@ -158,18 +158,17 @@ def loop_of_accelerator(p: Problem) -> LossAndGrads:
     grad_dtype = gradient_dtype(p.dtype)
     head = p.weight.detach().to(p.dtype)
     head_for_grad = p.weight.detach().to(grad_dtype) if p.needs_grad[0] else head
-    bias, token_weight = None if p.bias is None else p.bias.detach(), p.token_weight.detach()
+    bias, token_weight = p.bias if p.bias is None else p.bias.detach(), p.token_weight.detach()
     token_loss, grad_embed, grad_weight, grad_bias = new_results(p)
 
     for chunk in chunks(len(p.embed), p.chunk_size):
         x = p.embed.detach()[chunk]  # (r, d)
-        # copied, as offset and base of a view would be compiled in
-        ids, w = p.target[chunk].clone(), token_weight[chunk].clone()  # (r,)
+        ids, w = p.target[chunk].clone(), token_weight[chunk].clone()  # (r,), as torch compiles a view's offset in
         z = x.to(p.dtype) @ head.t()  # (r, v)
-        token_loss[chunk], m, scale, slope = compiled(row_terms)(z, bias, ids, w)
+        token_loss[chunk], m, c, slope = compiled(row_terms)(z, bias, ids, w)
         if any(p.needs_grad):
             g = z if grad_dtype == p.dtype else torch.empty_like(z, dtype=grad_dtype)  # (r, v)
-            compiled(write_gradient)(z, bias, ids, m, scale, slope, g)
+            compiled(write_gradient)(z, bias, ids, m, c, slope, g)
             if grad_bias is not None:
                 grad_bias += g.sum(dim=0, dtype=grad_bias.dtype)
             if grad_embed is not None:
@@ -182,17 +181,12 @@ def loop_of_accelerator(p: Problem) -> LossAndGrads:
     return LossAndGrads((token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
 
 
-def row_terms(
-    z: Tensor,  # (r, v)
-    bias: Tensor | None,  # (v,)
-    target: Tensor,  # (r,)
-    token_weight: Tensor,  # (r,)
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return nll (r,), and m, c and slope = c · s, each (r, 1). One read of z, at best."""
+def row_terms(z: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor) -> tuple[Tensor, ...]:
+    """Return nll (r,), and m, c and slope = c · s, each (r, 1). One read of z (r, v) where a cache holds its rows."""
     at_target = z.gather(1, target[:, None]).to(token_weight.dtype)
     if bias is not None:
         at_target = at_target + bias[target][:, None]
-    others = torch.where(_is_target(z, target), -torch.inf, _logits(z, bias, token_weight.dtype))
+    others, _ = _other_logits(z, bias, target, token_weight.dtype)
     m = others.amax(dim=1, keepdim=True)
     s = (others - m).exp().sum(dim=1, keepdim=True)
     s = torch.where(m == -torch.inf, 0, s)
@@ -206,16 +200,14 @@ def write_gradient(
     z: Tensor, bias: Tensor | None, target: Tensor, m: Tensor, c: Tensor, slope: Tensor, out: Tensor
 ) -> None:
     """Out, which may be z, becomes c · exp(z - m), and -slope at the target. One read, one write."""
-    others = (_logits(z, bias, m.dtype) - m).exp() * c
-    out.copy_(torch.where(_is_target(z, target), -slope, others))
+    others, is_target = _other_logits(z, bias, target, m.dtype)
+    out.copy_(torch.where(is_target, -slope, (others - m).exp() * c))
 
 
-def _logits(z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return z.to(dtype) if bias is None else z.to(dtype) + bias.to(dtype)
-
-
-def _is_target(z: Tensor, target: Tensor) -> Tensor:
-    return torch.arange(z.shape[1], device=z.device) == target[:, None]  # compared, not scattered: it costs no bytes
+def _other_logits(z: Tensor, bias: Tensor | None, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]  # a scatter would move bytes
+    logits = z.to(dtype) if bias is None else z.to(dtype) + bias.to(dtype)
+    return torch.where(is_target, -torch.inf, logits), is_target
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from xtloss.tensors import loss_dtype
 
-CHUNK_BYTES = 64 * 2**20  # of logits in flight: enough for efficient matrix products, little beside all logits
+CHUNK_BYTES = 64 * 2**20  # of logits at once: enough for efficient matrix products, little beside all logits
 
 
 def chunks(n: int, chunk_size: int) -> Iterator[slice]:
@@ -38,22 +38,13 @@ def exp_others_(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     overflown, makes D NaN, as `F.cross_entropy` is.
     """
     target = target[:, None]
-    z_target = _at_target(z, target)
+    z_target = z.gather(1, target)
     z.scatter_(1, target, -torch.inf)
     m = z.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
     z.sub_(m).exp_()
     s = z.sum(dim=1, keepdim=True)
     margin = (m - z_target) + s.log()
     return margin.masked_fill_(z_target == torch.inf, torch.nan), m, s
-
-
-def _at_target(z: Tensor, target: Tensor) -> Tensor:
-    try:
-        return z.gather(1, target)
-    except RuntimeError as error:  # a CPU looks at every index by itself
-        if 'out of bounds' not in str(error):
-            raise
-        raise ValueError(f'target must be in [0, {z.shape[1]}): {error}') from error
 
 
 def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor, *, composite: bool = False) -> Tensor:
@@ -63,8 +54,8 @@ def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor, *, composite:
     logits (t, v), target (t,) in [0, v) and counted (t,) bool. No more than the logits and one tensor of their size are
     alive at once, forward or backward. Differentiable any number of times.
 
-    With `composite` it is made of plain operations, as under torch.compile: slower, with four tensors of the size of
-    the logits, and open to torch.func transforms, batched and forward-mode derivatives, which the other refuses.
+    With `composite`, and under torch.compile, it is made of plain operations: slower, with several tensors of the size
+    of the logits, but open to torch.func, batched and forward-mode derivatives, which torch refuses of the other.
     """
     if composite or torch.compiler.is_compiling():
         return composite_cross_entropy(logits, target, counted)
@@ -74,9 +65,8 @@ def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor, *, composite:
 def composite_cross_entropy(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     """Compute the same from plain operations, which compilers and every kind of derivative know."""
     z = torch.where(counted[:, None], logits, 0).to(loss_dtype(logits.dtype))  # (t, v)
-    is_target = torch.arange(z.shape[1], device=z.device) == target[:, None]
     z_target = z.gather(1, target[:, None])  # (t, 1)
-    others = z.masked_fill(is_target, -torch.inf)
+    others = z.masked_fill(torch.arange(z.shape[1], device=z.device) == target[:, None], -torch.inf)
     m = others.detach().amax(dim=1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
     s = (others - m).exp().sum(dim=1, keepdim=True)
     log_s = torch.where(s == 0, 1, s).log().masked_fill(s == 0, -torch.inf)  # log(0) has no gradient
@@ -112,7 +102,7 @@ class _CrossEntropy(Function):
 
         (t, v), dtype = logits.shape, loss_dtype(logits.dtype)
         grad = torch.empty_like(logits)
-        slope = torch.where(counted[:, None], margin.sigmoid() * grad_nll[:, None], 0)  # (t, 1), what the others share
+        slope = torch.where(counted[:, None], margin.sigmoid() * grad_nll[:, None], 0)  # (t, 1), of the other logits
 
         for chunk in chunks(t, _chunk_size(t, v, dtype)):
             z = grad[chunk] if logits.dtype == dtype else torch.empty_like(grad[chunk], dtype=dtype)  # (r, v)
@@ -125,4 +115,4 @@ class _CrossEntropy(Function):
 
 
 def _chunk_size(t: int, v: int, dtype: torch.dtype) -> int:
-    return max(1, min(CHUNK_BYTES // (v * dtype.itemsize), (t + 3) // 4))  # a quarter of the logits at most
+    return max(1, min(CHUNK_BYTES // (v * dtype.itemsize), -(-t // 4)))  # a quarter of the logits at most

@@ -75,8 +75,9 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: of the wrong shape or device; on a CPU, a target outside [0, vocab).
-        RuntimeError: of torch, under torch.func, forward-mode or batched derivatives; when it is differentiated twice.
+        ValueError: of the wrong shape or device.
+        RuntimeError: of torch, under torch.func, forward-mode or batched derivatives; when it is differentiated twice;
+            on a CPU, a target outside [0, vocab).
 
     Source: D = logsumexp(other logits) - logit(target), nll = softplus(D), gradient of the target -sigmoid(D): Barron,
     Gnanapragasam & Tschannen, A Fix for Softmax and Cross-Entropy, 2026, https://jonbarron.info/softmaxfix/. Gradients

@@ -3,7 +3,7 @@
 Dims: b batch, n positions, s sequences a row can hold (1, or n with segment ids).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,16 +49,13 @@ def count_targets(
     x: Tensor,  # (b, n) or (b, n, d)
     *,
     ignore_index: int | None = None,
-    lens: Tensor | None = None,
-    mask: Tensor | None = None,
     loss_mask: Tensor | None = None,
-    seq_start_pos: Tensor | None = None,
     segment_ids: Tensor | None = None,
-    prepended: int = 0,
+    **real: Any,
 ) -> Targets:
-    """Count the targets of x by every rule that is given; a target counts when all hold.
+    """Count the targets of x by every rule that is given, by `real_positions` too.
 
-    Target (b, i), i = 1 … n-1, counts when
+    Target (b, i), i = 1 … n-1, counts when all hold:
 
     - ``x[b, i] != ignore_index``
     - ``i < lens[b]``
@@ -70,10 +67,8 @@ def count_targets(
     A sequence is a row, or with ``segment_ids`` one contiguous run of equal non-zero ids inside a row.
     """
     b, n = x.shape[:2]
-    real = real_positions(
-        x, lens=lens, mask=mask, seq_start_pos=seq_start_pos, segment_ids=segment_ids, prepended=prepended
-    )
-    counted = next_tokens(real) & real[:, :-1]
+    is_real = real_positions(x, segment_ids=segment_ids, **real)
+    counted = next_tokens(is_real) & is_real[:, :-1]
     if ignore_index is not None:
         counted = counted & (next_tokens(x) != ignore_index)
     if loss_mask is not None:

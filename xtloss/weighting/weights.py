@@ -45,13 +45,7 @@ class LossBreakdown(NamedTuple):
 
 
 def resolve_weighting(loss_weighting: Any, equal_loss_weight_batch: Any) -> Weighting:
-    """Return the weighting that a name, a power p in [0, 1] (w = L^-p, Z = Σ w), or the flag stands for.
-
-    Raises:
-        TypeError: not a string or a number, or the flag is no bool.
-        ValueError: unknown name, p outside [0, 1], or the flag beside another weighting.
-
-    """
+    """Return the weighting that a name, a power p in [0, 1] (w = L^-p, Z = Σ w), or the flag stands for."""
     check_kind('equal_loss_weight_batch', equal_loss_weight_batch, 'flag')
     if loss_weighting is None:
         return WEIGHTINGS['sequence' if equal_loss_weight_batch else 'token']
@@ -70,8 +64,7 @@ def resolve_weighting(loss_weighting: Any, equal_loss_weight_batch: Any) -> Weig
 
     if equal_loss_weight_batch and weighting != WEIGHTINGS['sequence']:
         raise ValueError(
-            "equal_loss_weight_batch=True stands for loss_weighting='sequence', "
-            f'got loss_weighting={loss_weighting!r} beside it'
+            f"equal_loss_weight_batch=True stands for loss_weighting='sequence', got {loss_weighting!r} too"
         )
     return weighting
 
@@ -125,7 +118,7 @@ def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
 
 
 def share_of_step(own: Tensor, normalizer: Tensor) -> Tensor:
-    """Return the share of a batch with Z = own in a step with this normalizer; 1 where there is nothing in either."""
+    """Return own / normalizer, the share of a batch in a step; 1 where nothing counts in either."""
     return torch.where((own == 0) & (normalizer == 0), 1, normalize(own, normalizer))
 
 
@@ -135,5 +128,5 @@ def breakdown_of(
     """total / Z + auxiliary, 0-dim, of total = Σ w · ℓ and ℓ (b, n-1); and what it is made of."""
     loss = normalize(total, weights.normalizer)
     auxiliary = torch.zeros_like(loss) if auxiliary is None else auxiliary
-    parts = token_loss, weights.weight, weights.normalizer, auxiliary
-    return loss + auxiliary, LossBreakdown(*(t.detach() for t in parts))
+    parts = (t.detach() for t in (token_loss, weights.weight, weights.normalizer, auxiliary))
+    return loss + auxiliary, LossBreakdown(*parts)

@@ -12,9 +12,8 @@ from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstr
 from xtloss.arguments import OF_LOSS, having, keywords, refuse_given
 from xtloss.tensors import has_values
 from xtloss.wrappers.autoregressive_loss import loss_outputs_breakdown
-from xtloss.wrappers.base import LossWrapper, check_call, checked, set_options, shows_upstream
+from xtloss.wrappers.base import LossWrapper, check_call, checked, on_rows, set_options, shows_upstream
 from xtloss.wrappers.segment_leak import why_not_apart
-from xtloss.wrappers.stand_in import on_rows
 from xtloss.wrappers.unpad import TELLING, refuse_unpad, unpads
 
 APART = dict.fromkeys(having('apart'), 'the masks and positions of shared rows have no place for it')
@@ -67,15 +66,6 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 
     """
 
-    ignore_index: int
-    pad_value: int
-    mask_prob: float
-    add_attn_z_loss: bool
-    add_continuous_pred_head: bool
-    next_embed_loss_weight: float
-    looped_loss_threshold_exit: float
-    looped_loss_slope: float
-    looped_exit_loss_weight: float
     fused: bool | str = 'auto'
     unpad: bool = False
     trust_segments: bool = False
@@ -93,14 +83,8 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(net, *args, **kwargs)
-        set_options(
-            self,
-            equal_loss_weight_batch=equal_loss_weight_batch,
-            loss_weighting=loss_weighting,
-            fused=fused,
-            unpad=unpad,
-            trust_segments=trust_segments,
-        )
+        weighting = {'equal_loss_weight_batch': equal_loss_weight_batch, 'loss_weighting': loss_weighting}
+        set_options(self, **weighting, fused=fused, unpad=unpad, trust_segments=trust_segments)
 
     @shows_upstream(Upstream.forward)
     def forward(
@@ -150,10 +134,9 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             'segment_ids': segment_ids, 'normalizer': normalizer, **kwargs,
         })  # fmt: skip
         require_apart(self, x, given)
-        made = on_rows(loss_outputs_breakdown, self, x, given)
-        wanted = (True, return_outputs, return_breakdown)
-        returned = tuple(part for part, is_wanted in zip(made, wanted, strict=True) if is_wanted)
-        return returned if len(returned) > 1 else returned[0]
+        loss, outputs, breakdown = on_rows(loss_outputs_breakdown, self, x, given)
+        returned = (loss, *([outputs] if return_outputs else []), *([breakdown] if return_breakdown else []))
+        return returned if len(returned) > 1 else loss
 
 
 NAMES = keywords(AutoregressiveWrapper.forward)

@@ -29,8 +29,7 @@ from xtloss.wrappers.segment_leak import why_not_apart
 
 F = TypeVar('F', bound=Callable[..., Any])
 
-# ends the message about a mask of the inputs alone, which x-transformers takes
-MASK_OF_INPUTS = {
+NOTES = {  # x-transformers takes masks of the inputs alone
     'mask': ': it says which positions are real, and the last one of x, a target, is one of them; a mask of the inputs '
     'x[:, :-1] cannot say so'
 }
@@ -160,34 +159,26 @@ def check_call(
     x_rule: str = 'integer: b n',
     unread: int = 0,
     refused: Mapping[str, str] | None = None,
-    notes: Mapping[str, str] | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it without what is None, and ids as int64, which never wrap.
 
     `names` are what the wrapper's forward takes, and `unread` is how many positions of x a mask of the keys need not
-    tell of. What is `refused` is so with a reason, and `notes` end the messages about shapes.
-
-    Raises:
-        TypeError: an argument of another wrapper, or of a wrong type or dtype.
-        ValueError: of a wrong shape, device or range, or one that is refused.
-
+    tell of. What is `refused` is so with a reason. Raises TypeError for an argument of another wrapper too.
     """
     check_options(wrapper)
     given = {name: value for name, value in given.items() if value is not None}
     refuse_given(given, refused or {})
-    of_others = [name for name in given if name in OF_LOSS and name not in names]
-    refuse_unknown(f'{type(wrapper).__name__}.forward()', of_others, names)
+    refuse_unknown('forward()', [name for name in given if name in OF_LOSS], names)
 
     rules = {'x': x_rule}
     for name, argument in ARGUMENTS.items():
         if argument.rule and (name != 'attn_mask' or has_known_attention(wrapper.net)):  # others may take other masks
             rules[name] = argument.rule
-    values = {'x': x, **given}
-    n = check({'x': x_rule}, values)['n']
+    n = check({'x': x_rule}, {'x': x})['n']
     if n == 0:
         raise ValueError(f'x must have n >= 1 positions, got {tuple(x.shape)}')
     width = {'width': wrapper.net.emb_dim} if hasattr(wrapper.net, 'emb_dim') else {}
-    check(rules, values, notes, read=max(n - unread, 1), **width)
+    check(rules, {'x': x, **given}, NOTES, read=max(n - unread, 1), **width)
 
     for name in OF_LAYERS:
         layers = list(given.pop(name, []))  # which the network copies
@@ -200,8 +191,31 @@ def check_call(
 def counted_targets(wrapper: Any, x: Tensor, given: dict[str, Any]) -> Targets:
     """Count the targets of a batch by all that says which count, or the k frames of each row in a rollout."""
     if given.get('rollout_steps', 1) > 1:
-        told: dict[str, Any] = {name: given.get(name) for name in ('lens', 'mask', 'loss_mask')}
-        return count_rollout(x, given['rollout_steps'], **told)
+        loss_mask, lens, mask = (given.get(name) for name in ('loss_mask', 'lens', 'mask'))
+        return count_rollout(x, given['rollout_steps'], loss_mask, lens=lens, mask=mask)
     counting: dict[str, Any] = {name: given[name] for name in COUNTING if name in given}
     ignore_index = getattr(wrapper, 'ignore_index', None)  # frames have none
     return count_targets(x, ignore_index=ignore_index, prepended=prepended_length(given), **counting)
+
+
+def on_rows(loss: Callable[..., Any], wrapper: Any, x: Tensor, given: dict[str, Any]) -> Any:
+    """Return what ``loss(wrapper, x, given, has_rows=True)`` returns; of no rows too, though no network runs on them.
+
+    One row in which nothing counts stands in for them, and is taken away again from all that is returned: the loss is 0
+    and in the graph. A data-parallel rank that got no rows must run the network all the same, or the others wait for it
+    for ever.
+    """
+    if len(x) > 0:
+        return loss(wrapper, x, given, has_rows=True)
+    nothing = torch.zeros(1, x.shape[1], dtype=torch.bool, device=x.device)
+    rows = {name: map_tensors(add_row, value) for name, value in given.items()}
+    rows = {'normalizer': torch.zeros((), device=x.device), **rows, 'loss_mask': nothing}
+    returned = loss(wrapper, add_row(x), rows, has_rows=False)
+    return map_tensors(lambda t: t[:0] if t.ndim > 0 and t.shape[0] == 1 else t, returned)
+
+
+def add_row(t: Tensor) -> Tensor:
+    """Give a tensor of no rows one: zeros, or True where it is a mask."""
+    if t.ndim == 0 or t.shape[0] > 0:
+        return t
+    return torch.cat([t, t.new_full((1, *t.shape[1:]), t.dtype == torch.bool)])  # in the graph of t

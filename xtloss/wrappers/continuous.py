@@ -10,28 +10,31 @@ from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
 from x_transformers.continuous import GaussianNLL
 
-from xtloss.arguments import OF_LOSS, keywords
-from xtloss.losses.gaussian import gaussian_nll
+from xtloss.arguments import COUNTING, OF_LOSS, having, keywords, refuse_given
 from xtloss.tensors import loss_dtype
 from xtloss.weighting.targets import next_tokens, real_positions
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
 from xtloss.wrappers.base import (
-    MASK_OF_INPUTS,
     LossWrapper,
     check_call,
     checked,
     counted_targets,
+    on_rows,
     set_options,
     shows_upstream,
     weighting_of,
 )
 from xtloss.wrappers.masks import has_known_attention, join_keys, mask_arguments
-from xtloss.wrappers.rollout import refuse_rollout, roll_out
-from xtloss.wrappers.stand_in import on_rows
+from xtloss.wrappers.rollout import roll_out
 
 REFUSED = {
     'prepend_embeds': 'the outputs would no longer be aligned with the targets',
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
+}
+REFUSED_IN_ROLLOUT = {
+    'loss_mask': 'which frames a rollout predicts is drawn',
+    'seq_start_pos': 'the rows of a rollout start at their first frame; pad them right',
+    **dict.fromkeys(having('framewise'), 'it is for given frames, and a rollout reads frames that it predicts'),
 }
 
 
@@ -125,11 +128,11 @@ def check_frames(
     wrapper: ContinuousAutoregressiveWrapper, x: Tensor, given: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it as `check_call` does."""
-    x, given = check_call(
-        wrapper, x, given, NAMES, x_rule='floating point: b n d', unread=1, refused=REFUSED, notes=MASK_OF_INPUTS
-    )
+    x, given = check_call(wrapper, x, given, NAMES, x_rule='floating point: b n d', unread=1, refused=REFUSED)
     if given.get('rollout_steps', 1) > 1:
-        refuse_rollout(given)
+        refuse_given(given, REFUSED_IN_ROLLOUT)
+        if 'condition' in given and given['condition'].ndim == 3:
+            raise ValueError(f'condition must have shape (b, d) in a rollout, got {tuple(given["condition"].shape)}')
     return x, given
 
 
@@ -139,7 +142,7 @@ def loss_and_breakdown(
     """Return the loss by the equation: count, run the network, cost, weigh, one sum; and what it is made of."""
     targets = counted_targets(wrapper, x, given)
     counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
-    net, loss_weight = wrapper.net, given.get('loss_weight')
+    net, weighting, loss_weight = wrapper.net, weighting_of(wrapper), given.get('loss_weight')
     if given.get('rollout_steps', 1) > 1:
         out, x, loss_weight = roll_out(net, x, targets, given)
     else:
@@ -148,14 +151,16 @@ def loss_and_breakdown(
 
     # what is not counted is replaced before the loss: the gradient of a NaN is NaN, though it be multiplied by 0
     frames, dtype = torch.where(counted, next_tokens(x), 1), loss_dtype(out.dtype)  # (b, n-1, d)
-    # torch's Gaussian loss reads the values of the variance, which neither meta tensors nor tracers have
     is_gaussian = type(wrapper.loss_fn) is GaussianNLL and wrapper._xtloss_finding('loss_fn is upstream')
     loss_fn = gaussian_nll if is_gaussian else wrapper.loss_fn
     losses = loss_fn(torch.where(counted, out, 1).to(dtype), frames.to(dtype))
     losses = losses.to(loss_dtype(losses.dtype))
 
     if losses.ndim not in (2, 3) or losses.shape[:2] != counted.shape[:2]:
-        if has_rows and not is_plain_mean(wrapper, given):
+        weighs = weighting != WEIGHTINGS['token'] or any(
+            name in given for name in (*COUNTING, 'loss_weight', 'normalizer')
+        )
+        if has_rows and (weighs or given.get('return_breakdown')):  # it has to be a mean over all elements
             raise ValueError(
                 f'loss_fn must return {tuple(frames.shape)} or {tuple(frames.shape[:2])} where there are masks or '
                 f'weights, got {tuple(losses.shape)}'
@@ -164,15 +169,8 @@ def loss_and_breakdown(
 
     losses = losses.mean(dim=-1) if losses.ndim == 3 else losses
     token_loss = torch.where(targets.counted, losses, 0)  # (b, n-1)
-    weights = batch_weights(targets, weighting_of(wrapper), token_loss.dtype, loss_weight, given.get('normalizer'))
+    weights = batch_weights(targets, weighting, token_loss.dtype, loss_weight, given.get('normalizer'))
     return breakdown_of((weights.weight * token_loss).sum(), token_loss, weights)
-
-
-def is_plain_mean(wrapper: Any, given: dict[str, Any]) -> bool:
-    """Tell whether the loss is a mean over all elements, so that it may come from a ``loss_fn`` that reduces."""
-    masks = ('lens', 'mask', 'loss_mask', 'loss_weight', 'seq_start_pos', 'normalizer')
-    asks = given.get('return_breakdown', False) or any(name in given for name in masks)
-    return not asks and weighting_of(wrapper) == WEIGHTINGS['token']
 
 
 def inputs_and_arguments(net: Any, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -188,3 +186,15 @@ def inputs_and_arguments(net: Any, x: Tensor, given: dict[str, Any]) -> tuple[Te
     arguments = {k: v for k, v in given.items() if k not in OF_LOSS and k not in ('mask', 'self_attn_kv_mask')}
     keys = join_keys(mask, given.get('self_attn_kv_mask'))
     return inputs, mask_arguments(net, keys, arguments, mask=mask, queries=n)
+
+
+def gaussian_nll(predicted: Tensor, target: Tensor) -> Tensor:
+    """`F.gaussian_nll_loss` of each element, (...), in nats: ½ · (log variance + (mean - target)² / variance).
+
+    `predicted` is a mean and a variance, (2, ...). That is taken as 1e-6 at least; where it is negative, NaN comes out:
+    torch looks at its values instead, which neither meta tensors nor tracers have.
+    """
+    mean, variance = predicted
+    least = variance.detach().clamp(min=1e-6).masked_fill(variance < 0, torch.nan)
+    variance = least + (variance - variance.detach())  # its gradient goes on, as in torch
+    return 0.5 * (variance.log() + (mean - target) ** 2 / variance)

@@ -19,6 +19,9 @@ HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_p
 # what each of these classes does when it is called, before anybody can have replaced it
 FORWARDS = {cls: cls.forward for cls in (TransformerWrapper, TokenEmbedding, GaussianNLL, nn.Linear, nn.Embedding)}
 FUSING = having('fuses') + OF_LOSS
+# attributes of a network that does something between the embeddings and the logits, or to the logits
+BETWEEN = 'looped to_mixture output_is_log_prob sigsoftmax_logits has_multiple_heads cls_token attn_pool'.split()
+BETWEEN += ['average_pool_embed', 'squeeze_out_last_dim']
 
 
 class LinearHead(NamedTuple):
@@ -63,9 +66,7 @@ def tie_heads(module: nn.Module) -> None:
 def fused_head(wrapper: Any, given: dict[str, Any], why_not: str | None = None) -> LinearHead | None:
     """Return the head where head and loss are one in a call with these arguments, else None.
 
-    Raises:
-        ValueError: ``fused=True``, and they cannot be one: for the reason `why_not`, or one found here.
-
+    Raises ValueError where ``fused=True``, and they cannot be one: for the reason `why_not`, or one found here.
     """
     if wrapper.fused is False:
         return None
@@ -93,27 +94,15 @@ def why_not_fused(net: Any) -> str | None:
     """Return why head and loss of a network cannot be one; None if they can.
 
     They can for exactly x-transformers' TransformerWrapper with exactly an nn.Linear or its own tied embedding for a
-    head, as they were written, with plain weights, and no option that does something between the embeddings and the
-    logits, or to the logits.
+    head, as they were written, with plain weights, and nothing between.
     """
     if type(net) is not TransformerWrapper:
         return f'the network is a {type(net).__name__}, not a TransformerWrapper'
     if not is_untouched(net):
         return 'the network has hooks or another forward'
 
-    options = {
-        'looped': net.looped,
-        'mixture_of_softmax': net.to_mixture is not None or net.output_is_log_prob,
-        'sigsoftmax_logits': net.sigsoftmax_logits,
-        'num_output_heads': net.has_multiple_heads,
-        'return_only_embed': net.to_logits is None,
-        'use_cls_token': net.cls_token is not None,
-        'average_pool_embed': net.average_pool_embed,
-        'attn_pool': net.attn_pool is not None,
-        'squeeze_out_last_dim': net.squeeze_out_last_dim,
-    }
-    for name, is_on in options.items():
-        if is_on:
+    for name in BETWEEN:
+        if getattr(net, name) is not None and getattr(net, name) is not False:
             return f'the network was built with {name}'
 
     head = net.to_logits

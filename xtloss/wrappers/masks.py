@@ -17,20 +17,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from x_transformers.x_transformers import (
-    AbsolutePositionalEmbedding,
-    Attention,
-    AttentionLayers,
-    DynamicPositionBias,
-    RelativePositionBias,
-    ScaledSinusoidalEmbedding,
-    ShiftTokens,
-)
+from x_transformers import x_transformers as upstream
 
 
 def has_known_attention(net: Any) -> bool:
     """Tell whether it has the attention layers of x-transformers."""
-    return isinstance(getattr(net, 'attn_layers', None), AttentionLayers)
+    return isinstance(getattr(net, 'attn_layers', None), upstream.AttentionLayers)
 
 
 def memory_length(mems: Sequence[Tensor | None] | None) -> int:
@@ -73,41 +65,34 @@ def mask_arguments(
     if not has_known_attention(net):
         arguments = arguments if mask is None else {**arguments, 'mask': mask}
         return arguments if keys is mask else {**arguments, 'self_attn_kv_mask': keys}
-    if keys is None and arguments.get('attn_mask') is None:
+    if keys is not None:
+        keys = of_all_keys(net, keys, arguments, queries)
+        arguments = {name: value for name, value in arguments.items() if name != 'mem_masks'}
+    elif arguments.get('attn_mask') is None:
         return arguments
 
-    keys, arguments = with_memories(net, keys, arguments, queries)
-    attentions = [module for module in net.modules() if isinstance(module, Attention)]
+    attentions = [module for module in net.modules() if isinstance(module, upstream.Attention)]
     sees_more = memory_tokens(net) > 0 or any(attention.num_mem_kv > 0 for attention in attentions)
-    shifts = mask is not None and any(isinstance(module, ShiftTokens) for module in net.modules())
-    if shifts:  # tokens are shifted by `mask`, and attention would read it too
-        arguments = {**arguments, 'mask': mask}
+    shifts = mask is not None and any(isinstance(module, upstream.ShiftTokens) for module in net.modules())
+    if shifts and keys is not None:  # tokens are shifted by `mask`, which attention must not read
+        arguments = {**arguments, 'mask': mask, 'self_attn_kv_mask': torch.ones_like(keys)}
     if sees_more or arguments.get('self_attn_additional_kv') is not None:
         return arguments if keys is None else {**arguments, 'self_attn_kv_mask': keys}
 
-    if shifts and keys is not None:
-        arguments = {**arguments, 'self_attn_kv_mask': torch.ones_like(keys)}
     windows = [attention.max_attend_past for attention in attentions if attention.max_attend_past is not None]
     causal = bool(net.attn_layers.causal) and arguments.get('causal') is None
-    attn_mask = visible_keys(
-        queries, keys, attn_mask=arguments.get('attn_mask'), causal=causal, window=min(windows, default=None)
-    )
-    return {**arguments, 'attn_mask': attn_mask}
+    seen = visible_keys(queries, keys, attn_mask=arguments.get('attn_mask'), causal=causal, windows=windows)
+    return {**arguments, 'attn_mask': seen}
 
 
-def with_memories(
-    net: Any, keys: Tensor | None, arguments: dict[str, Any], queries: int
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """Return (b, k) bool, what is real of memories, memory tokens and rows; and the arguments without `mem_masks`."""
-    if keys is None:
-        return None, arguments
+def of_all_keys(net: Any, keys: Tensor, arguments: dict[str, Any], queries: int) -> Tensor:
+    """Return (b, k) bool, which of all keys are real: of memories, memory tokens and the row, of which `keys` tells."""
     m = memory_length(arguments.get('mems'))
     interspersed = getattr(net, 'memory_tokens_interspersed_every', None) is not None
     k = max(keys.shape[1], m + queries + (0 if interspersed else memory_tokens(net)))
-    masks = arguments.get('mem_masks') or [None]  # of all layers alike
-    of_memory = F.pad(masks[0], (0, k - m), value=True) if masks[0] is not None and m else None
-    everywhere = keys.new_ones(1, k)
-    return join_keys(keys, of_memory, everywhere), {k: v for k, v in arguments.items() if k != 'mem_masks'}
+    of_memories = (arguments.get('mem_masks') or [None])[0]  # of all layers alike
+    keys = F.pad(keys, (k - keys.shape[1], 0), value=True)
+    return keys & F.pad(of_memories, (0, k - m), value=True) if of_memories is not None and m else keys
 
 
 def visible_keys(
@@ -117,7 +102,7 @@ def visible_keys(
     run: Tensor | None = None,  # (b, k) integers: a key is seen from its own run alone
     attn_mask: Tensor | None = None,  # (i, k), (h, i, k) or (b, h, i, k) bool
     causal: bool = True,
-    window: int | None = None,
+    windows: Sequence[int] = (),  # how far back the layers look
 ) -> Tensor:
     """Return (b, 1 or h, i, k) bool, the keys each query may look at. One that could look at none may see itself."""
     like = next(t for t in (keys, run, attn_mask) if t is not None)
@@ -131,7 +116,7 @@ def visible_keys(
     seen = reduce(and_, [mask for mask in masks if mask is not None])
     if keys is None and attn_mask is None:  # every query sees itself
         return seen & past
-    in_reach = seen & (past if window is None else past.triu(k - queries - window))
+    in_reach = seen & past.triu(k - queries - min(windows, default=k))
     lost = ~in_reach.any(dim=-1, keepdim=True)  # (b, 1 or h, i, 1)
     itself = past.triu(k - queries)  # the diagonal
     return (seen & past if causal else seen) | (itself & lost)
@@ -144,10 +129,11 @@ def position_arguments(net: Any, start: Tensor | None, n: int, prepended: int, p
     if not has_known_attention(net):
         return {'seq_start_pos': start}
     layers = net.attn_layers
-    if not isinstance(net.pos_emb, (AbsolutePositionalEmbedding, ScaledSinusoidalEmbedding)):
+    if not isinstance(net.pos_emb, (upstream.AbsolutePositionalEmbedding, upstream.ScaledSinusoidalEmbedding)):
         return {}
-    relative = layers.rotary_pos_emb is not None or layers.rel_pos is not None or layers.polar_pos_emb is not None
-    fixed = layers.polar_pos_emb is not None or isinstance(layers.rel_pos, (RelativePositionBias, DynamicPositionBias))
+    relative = [layers.rotary_pos_emb, layers.rel_pos, layers.polar_pos_emb] != [None] * 3
+    biases = (upstream.RelativePositionBias, upstream.DynamicPositionBias)
+    fixed = layers.polar_pos_emb is not None or isinstance(layers.rel_pos, biases)
     if pos is not None or fixed or (prepended and relative):
         return {'seq_start_pos': start}
     return {'pos': (torch.arange(n, device=start.device) - rearrange(start, 'b -> b 1')).clamp(min=0)}

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from x_transformers.x_transformers import TransformerWrapper
 
 from xtloss.tensors import map_tensors, widened
-from xtloss.wrappers.segments import segment_arguments, segment_support
+from xtloss.wrappers.segments import segment_arguments, takes_lengths
 
 WIDEST = 256
 
@@ -69,7 +69,7 @@ def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device, 
     inner: Any = next((m for m in net.modules() if isinstance(m, TransformerWrapper)), net)
     if getattr(inner, 'recycling', False):
         arguments = {'recycle_steps': 2, **arguments}  # evaluation needs a number
-    in_one_row = segment_support(net).variable_length
+    in_one_row = takes_lengths(net)
     b, n = 1 if in_one_row else 2, width(arguments) or min(getattr(inner, 'max_seq_len', 0) or WIDEST, WIDEST)
     v, draw = getattr(inner, 'num_tokens', 2), torch.Generator(device).manual_seed(0)
     x = torch.randint(v, (b, n), generator=draw)

@@ -10,49 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xtloss.arguments import OF_LOSS, having, refuse_given
+from xtloss.arguments import OF_LOSS
 from xtloss.weighting.targets import Targets, real_positions
 
-MIN_VARIANCE = 1e-5
-REFUSED = {
-    'loss_mask': 'which frames a rollout predicts is drawn',
-    'seq_start_pos': 'the rows of a rollout start at their first frame; pad them right',
-    **dict.fromkeys(having('framewise'), 'it is for given frames, and a rollout reads frames that it predicts'),
-}
 
-
-def refuse_rollout(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments that a rollout cannot follow."""
-    refuse_given(arguments, REFUSED)
-    condition = arguments.get('condition')
-    if isinstance(condition, Tensor) and condition.ndim == 3:
-        raise ValueError(f'condition must have shape (b, d) in a rollout, got {tuple(condition.shape)}')
-
-
-def count_rollout(
-    x: Tensor,
-    steps: int,
-    *,
-    lens: Tensor | None = None,
-    mask: Tensor | None = None,
-    loss_mask: Tensor | None = None,  # of a stand-in for no rows
-) -> Targets:
+def count_rollout(x: Tensor, steps: int, loss_mask: Tensor | None, **real: Any) -> Targets:
     """Count the k frames predicted, (b, k), in each row of more than k real frames; known before any is drawn."""
-    length = real_positions(x, lens=lens, mask=mask).sum(dim=1, keepdim=True)  # (b, 1)
-    counted = length > steps
-    if loss_mask is not None:
+    counted = real_positions(x, **real).sum(dim=1, keepdim=True) > steps  # (b, 1)
+    if loss_mask is not None:  # of the row that stands in for none
         counted = counted & loss_mask.any(dim=1, keepdim=True)
     lengths = steps * counted
     return Targets(counted.expand(-1, steps), lengths.expand(-1, steps), lengths)
 
 
 def roll_out(
-    net: nn.Module,
-    x: Tensor,  # (b, n, d)
-    targets: Targets,  # (b, k)
-    given: Mapping[str, Any],  # all that the wrapper's forward was given
+    net: nn.Module, x: Tensor, targets: Targets, given: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw the frames to predict and predict them.
+    """Draw the frames of x, (b, n, d), to predict, and predict them; `given` is what the wrapper's forward was given.
 
     ::
 
@@ -66,10 +40,8 @@ def roll_out(
     Rows are padded right. One whose `mask` has a real frame after padding is read as NaN: a mask's values cannot be
     checked without a stall, and a loss of NaN is seen.
 
-    Returns:
-        The outputs that predict the k frames, (b, k, d) or (2, b, k, d), or those of one step, which broadcast to
-        them, where no row is long enough; x and loss_weight of the last frame read and the k after it, (b, k+1, ...).
-
+    Returns the outputs that predict the k frames, (b, k, d) or (2, b, k, d), or those of one step, which broadcast to
+    them, where no row is long enough; x and loss_weight of the last frame read and the k after it, (b, k+1, ...).
     """
     arguments = {name: value for name, value in given.items() if name not in OF_LOSS and name != 'mask'}
     real, loss_weight = real_positions(x, lens=given.get('lens'), mask=given.get('mask')), given.get('loss_weight')
@@ -86,14 +58,8 @@ def roll_out(
     return out, frames_from(x, first, steps), loss_weight
 
 
-def predict_frames(
-    net: nn.Module,
-    x: Tensor,  # (b, n, d)
-    first: Tensor,  # (b,)
-    counted: Tensor,  # (b, k)
-    arguments: Mapping[str, Any],
-) -> Tensor:
-    """Outputs of the k steps, each at the last frame that the row has by then; (..., b, k, d)."""
+def predict_frames(net: nn.Module, x: Tensor, first: Tensor, counted: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Return the outputs of the k steps, (..., b, k, d), from frame `first`, (b,), on, where `counted`, (b, k)."""
     n, steps = x.shape[1], counted.shape[1]
     rows, first, counted = torch.arange(len(x), device=x.device)[:, None], first[:, None], counted[:, :1]  # (b, 1)
 
@@ -103,27 +69,16 @@ def predict_frames(
 
     outs = []
     for step in range(steps if n > steps else 1):
-        outs.append(net(read, **arguments)[..., rows, first + step - 1, :])  # (..., b, 1, d)
-        frame = sample(outs[-1])  # (b, 1, d)
-        if frame.shape[-1] != x.shape[-1]:
-            raise ValueError(
-                f'net must predict {x.shape[-1]} features, those it reads, in a rollout, got {frame.shape[-1]}'
-            )
+        out = net(read, **arguments)[..., rows, first + step - 1, :]  # (b, 1, d), or a mean and a variance of it
+        outs.append(out)
+        if out.ndim == 3:
+            frame = out
+        else:  # drawn by mean and deviation, so that gradients reach both
+            frame = out[0] + out[1].clamp(min=1e-5).sqrt() * torch.randn(out[0].shape, device=out.device)
         frame = torch.where(counted[..., None], frame.to(x.dtype), 0)
         i = torch.arange(read.shape[1] + 1, device=x.device)
         read = torch.where((i == first + step)[..., None], frame, F.pad(read, (0, 0, 0, 1)))
     return torch.cat(outs, dim=-2)
-
-
-def sample(out: Tensor) -> Tensor:
-    """The frame predicted, (b, 1, d): the output, or drawn from the normal distribution that it stands for, (2, ...).
-
-    By its mean and deviation, so that gradients reach both.
-    """
-    if out.ndim == 3:
-        return out
-    mean, variance = out
-    return mean + variance.clamp(min=MIN_VARIANCE).sqrt() * torch.randn(mean.shape, device=mean.device)
 
 
 def frames_from(t: Tensor, first: Tensor, steps: int) -> Tensor:

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from xtloss.arguments import OF_LOSS
 from xtloss.weighting.targets import real_positions
-from xtloss.wrappers.masks import (
-    has_known_attention,
-    join_keys,
-    mask_arguments,
-    position_arguments,
-    prepended_length,
-)
-from xtloss.wrappers.segments import segment_arguments, segment_support
+from xtloss.wrappers.masks import has_known_attention, join_keys, mask_arguments, position_arguments, prepended_length
+from xtloss.wrappers.segments import segment_arguments, takes_lengths
 from xtloss.wrappers.unpad import plan_rows
 
 REAL = ('lens', 'mask', 'seq_start_pos', 'segment_ids')  # the arguments that say which positions are real
@@ -50,46 +44,36 @@ class Outputs(NamedTuple):
         return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self.place]
 
 
-class Rows(NamedTuple):
-    """What the network reads, and where its outputs lie that predict the targets."""
+def network_rows(
+    wrapper: Any, x: Tensor, given: dict[str, Any], *, unpad: bool
+) -> tuple[Tensor, dict[str, Any], Outputs]:
+    """Return the rows that the network reads of a batch, (r, m), its other arguments, and where its outputs lie.
 
-    ids: Tensor  # (r, m)
-    arguments: dict[str, Any]
-    outputs: Outputs
-
-
-def network_rows(wrapper: Any, x: Tensor, given: dict[str, Any], *, unpad: bool) -> Rows:
-    """Make the rows of a batch, (b, n), from all that a wrapper's forward was given, and has checked."""
+    `given` is all that a wrapper's forward was given, and has checked.
+    """
     net, prepended = wrapper.net, prepended_length(given)
     real = real_positions(x, **{name: given.get(name) for name in REAL}, prepended=prepended)
     ids = legal_ids(x, real, ignore_index=wrapper.ignore_index, pad_value=wrapper.pad_value)
     random_mask = random_key_mask(real, wrapper.mask_prob) if wrapper.mask_prob > 0 else None
 
     outputs = Outputs()
-    if unpad and (plan := plan_rows(x, given, one_row=segment_support(net).variable_length)) is not None:
+    if unpad and (plan := plan_rows(x, given, one_row=takes_lengths(net))) is not None:
         ids, given, outputs = plan.take(ids, wrapper.pad_value), plan.arguments(given), Outputs(plan.places())
         random_mask = None if random_mask is None else plan.take(random_mask, True)
 
-    n, mask = ids.shape[1], given.get('mask')
+    n, mask, start, before = ids.shape[1], given.get('mask'), given.get('seq_start_pos'), given.get('prepend_mask')
     arguments = {name: value for name, value in given.items() if name not in OF_LOSS}
     if 'segment_ids' in given:
         arguments = segment_arguments(net, given['segment_ids'], arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
-    arguments.update(position_arguments(net, given.get('seq_start_pos'), n, prepended, arguments.get('pos')))
-    keys = visible_positions(net, ids, given, random_mask)
-    return Rows(ids, mask_arguments(net, keys, arguments, mask=mask, queries=prepended + n), outputs)
+    arguments.update(position_arguments(net, start, n, prepended, arguments.get('pos')))
 
-
-def visible_positions(net: Any, ids: Tensor, given: dict[str, Any], random_mask: Tensor | None) -> Tensor | None:
-    """Return (b, up to p+n) bool, the keys that no argument hides; None where no argument hides any."""
-    n, prepended = ids.shape[1], prepended_length(given)
-    before, start = given.get('prepend_mask'), given.get('seq_start_pos')
-    if start is not None and has_known_attention(net):  # another network hides by itself what is before the start
+    started = None  # another network than x-transformers' hides by itself what is before the start
+    if start is not None and has_known_attention(net):
         started = torch.arange(prepended + n, device=ids.device) >= rearrange(start, 'b -> b 1')
-    else:
-        started = None
     before = None if before is None else F.pad(before, (0, n), value=True)
-    return join_keys(given.get('mask'), random_mask, given.get('self_attn_kv_mask'), before, started)
+    keys = join_keys(mask, random_mask, given.get('self_attn_kv_mask'), before, started)
+    return ids, mask_arguments(net, keys, arguments, mask=mask, queries=prepended + n), outputs
 
 
 def legal_ids(x: Tensor, real: Tensor, *, ignore_index: int, pad_value: int) -> Tensor:

@@ -3,7 +3,7 @@
 Dims: b batch, n positions, s runs of equal ids.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +14,14 @@ from x_transformers.x_transformers import AbsolutePositionalEmbedding
 from xtloss.wrappers.masks import visible_keys
 
 
-class SegmentSupport(NamedTuple):
-    """How a network is told where the sequences of a row begin and end."""
-
-    takes_positions: bool
-    """Its embedding is absolute, so that each sequence needs positions that begin at 0."""
-    variable_length: bool
-    """It was built with `attn_flash_pack_seq`: flash-attn takes the lengths of the sequences, in place of a mask."""
+def takes_positions(net: nn.Module) -> bool:
+    """Tell whether its embedding is absolute, so that each sequence needs positions that begin at 0."""
+    return any(isinstance(module, AbsolutePositionalEmbedding) for module in net.modules())
 
 
-def segment_support(net: nn.Module) -> SegmentSupport:
-    """Return how a network is told, whatever is around its modules."""
-    modules = list(net.modules())
-    return SegmentSupport(
-        takes_positions=any(isinstance(m, AbsolutePositionalEmbedding) for m in modules),
-        variable_length=any(isinstance(m, Attend) and bool(m.flash and m.flash_pack_seq) for m in modules),
-    )
+def takes_lengths(net: nn.Module) -> bool:
+    """Tell whether it was built with `attn_flash_pack_seq`: flash-attn takes lengths of sequences in place of a mask."""
+    return any(isinstance(m, Attend) and bool(m.flash and m.flash_pack_seq) for m in net.modules())
 
 
 def segment_arguments(
@@ -48,11 +40,12 @@ def segment_arguments(
         ValueError: several rows for `attn_flash_pack_seq`, which would read the lengths of the first.
 
     """
-    takes_positions, variable_length = segment_support(net)
     run = F.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(dim=-1), (1, 0))  # (b, n), from 0 in each row
-    if takes_positions:
-        arguments = {**arguments, 'pos': positions_in_run(run)}
-    if variable_length:
+    if takes_positions(net):
+        position = torch.arange(run.shape[1], device=run.device).expand_as(run)
+        starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
+        arguments = {**arguments, 'pos': position - torch.where(starts, position, 0).cummax(dim=-1).values}
+    if takes_lengths(net):
         if len(run) > 1:
             raise ValueError(f'a network built with attn_flash_pack_seq takes segment_ids of one row, got {len(run)}')
         return {**arguments, 'flash_pack_seq_kwargs': variable_lengths(run)}
@@ -61,13 +54,6 @@ def segment_arguments(
     # those that it overlooks it lets attend to everything
     attn_mask = visible_keys(run.shape[1], run=run, attn_mask=arguments.get('attn_mask'))
     return {**arguments, 'attn_mask': attn_mask}
-
-
-def positions_in_run(run: Tensor) -> Tensor:
-    """(b, n) run numbers -> (b, n) int64: how far each position is from the start of its run."""
-    position = torch.arange(run.shape[1], device=run.device).expand_as(run)
-    starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
-    return position - torch.where(starts, position, 0).cummax(dim=-1).values
 
 
 def variable_lengths(run: Tensor) -> dict[str, Any]:

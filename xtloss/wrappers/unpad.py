@@ -13,7 +13,7 @@ from xtloss.arguments import having
 from xtloss.packing.layout import Layout, best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
 from xtloss.tensors import has_values, map_tensors
 from xtloss.weighting.targets import real_positions
-from xtloss.wrappers.segments import segment_support
+from xtloss.wrappers.segments import takes_lengths, takes_positions
 
 TELLING = ('lens', 'mask', 'seq_start_pos')  # the arguments that say which tokens are real
 TRAVELS = having('travels')
@@ -45,8 +45,7 @@ class Plan(NamedTuple):
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return what the wrapper's forward was given, for these rows: right padding needs no mask."""
         rows = {name: value for name, value in given.items() if name not in (*TELLING, *TRAVELS)}
-        for name in [name for name in given if name in TRAVELS]:
-            rows[name] = map_tensors(self.take_read, given[name])
+        rows.update({name: map_tensors(self.take_read, value) for name, value in given.items() if name in TRAVELS})
         if self.has_holes:
             rows['mask'] = self.take(given['mask'], True)
         return rows if self.segment_ids is None else {**rows, 'segment_ids': self.segment_ids}
@@ -55,8 +54,7 @@ class Plan(NamedTuple):
         """Return (b, n-1), where the targets of the batch are predicted: see `Outputs`."""
         source, tokens = self.source.flatten(), self.shape[0] * self.shape[1]
         place = source.new_full((tokens + 1,), len(source))  # the last one takes what is no token
-        here = torch.arange(len(source), device=source.device)
-        place = place.scatter(0, torch.where(source < 0, tokens, source), here)
+        place[source] = torch.arange(len(source), device=source.device)  # -1 is the last one
         return rearrange(place[:-1], '(b n) -> b n', b=self.shape[0])[:, :-1]
 
 
@@ -67,7 +65,7 @@ def unpads(wrapper: Any, given: dict[str, Any]) -> bool:
 
 def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
     """Raise ValueError for an argument, or a network, that cannot follow the tokens, whatever the batch holds."""
-    if all(segment_support(net)):
+    if takes_lengths(net) and takes_positions(net):
         raise ValueError('unpad=True: a row of all tokens may be longer than the absolute embedding of this network')
     for name, value in given.items():
         tensors: list[Tensor] = []

@@ -10,23 +10,14 @@ from torch import Tensor, nn
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper as Upstream
 
 from xtloss.arguments import keywords, refuse_given
-from xtloss.wrappers.base import (
-    MASK_OF_INPUTS,
-    LossWrapper,
-    check_call,
-    checked,
-    set_options,
-    shows_upstream,
-)
-from xtloss.wrappers.stand_in import on_rows
-from xtloss.wrappers.xl_loss import loss_and_breakdown, trains_at_test_time
+from xtloss.wrappers.base import LossWrapper, check_call, checked, on_rows, set_options, shows_upstream
+from xtloss.wrappers.xl_loss import loss_and_breakdown
 
 REFUSED = {
     'seq_start_pos': 'the network would count it from the start of every segment; mask is cut with the segments',
     'prepend_embeds': 'every segment would get them',
     'segment_ids': 'only AutoregressiveWrapper keeps sequences that share a row apart',
 }
-REFUSED_BESIDE_MASK = {'self_attn_kv_mask': 'mask says which keys are real'}
 
 
 class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
@@ -49,12 +40,6 @@ class XLAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 
     """
 
-    ignore_index: int
-    pad_value: int
-    max_seq_len: int
-    init_ttt: Any
-    update_ttt: Any
-    ttt_wrappers: dict[str, Any] | list[Any]
     fused: bool | str = 'auto'
 
     @shows_upstream(Upstream.__init__)
@@ -122,10 +107,10 @@ NAMES = keywords(XLAutoregressiveWrapper.forward)
 def check_rows(wrapper: XLAutoregressiveWrapper, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it as `check_call` does."""
     # a mask of the keys is for those of each segment, and may be as short
-    x, given = check_call(wrapper, x, given, NAMES, unread=sys.maxsize, refused=REFUSED, notes=MASK_OF_INPUTS)
+    x, given = check_call(wrapper, x, given, NAMES, unread=sys.maxsize, refused=REFUSED)
     steps = given.get('ttt_recurrent_steps', 1)
-    if steps > 1 and not trains_at_test_time(wrapper):
+    if steps > 1 and not getattr(wrapper, 'has_ttt', False):
         raise ValueError(f'ttt_recurrent_steps must be 1 without test-time training, got {steps}')
     if 'mask' in given:
-        refuse_given(given, REFUSED_BESIDE_MASK)
+        refuse_given(given, {'self_attn_kv_mask': 'mask says which keys are real'})
     return x, given

@@ -18,7 +18,7 @@ from xtloss.wrappers.base import OF_LAYERS, counted_targets, loss_dtype_of, weig
 from xtloss.wrappers.head import LinearHead, fused_head
 from xtloss.wrappers.masks import join_keys, mask_arguments, memory_length, memory_tokens
 from xtloss.wrappers.rows import Outputs, legal_ids
-from xtloss.wrappers.token_losses import loss_from_embeds, token_losses
+from xtloss.wrappers.token_losses import check_outputs, loss_from_embeds, token_losses
 
 # what is cut with the segments; each segment gets a mask of keys as it came
 PER_TOKEN = tuple(name for name in having('travels') if name != 'self_attn_kv_mask')
@@ -35,40 +35,21 @@ class Segment(NamedTuple):
     arguments: dict[str, Any]  # of the network's forward
 
 
-class Memories(NamedTuple):
-    """A memory for each attention layer, all of the same positions, and which of these are real."""
-
-    mems: list[Tensor] | None = None  # (b, m, d) each
-    mask: Tensor | None = None  # (b, m) bool; None: nothing in them is padding
-
-
-def seen_keys(memories: Memories, mask: Tensor | None, h: int) -> Tensor | None:
-    """Return (b, m + h) bool, what is real of the memories and of a segment with this mask, (b, s); None: all of it."""
-    m = memory_length(memories.mems)
-    keys = join_keys(F.pad(memories.mask, (0, h), value=True) if memories.mask is not None and m else None, mask)
+def seen_keys(mems: list[Tensor] | None, real: Tensor | None, mask: Tensor | None, h: int) -> Tensor | None:
+    """Return (b, m + h) bool, what is real of memories, by (b, m), and of a segment, by (b, s); None: all of it."""
+    m = memory_length(mems)
+    keys = join_keys(F.pad(real, (0, h), value=True) if real is not None and m else None, mask)
     return None if keys is None else F.pad(keys, (m + h - keys.shape[1], 0), value=True)
-
-
-def remember(memories: Memories, mask: Tensor | None, intermediates: Any) -> Memories:
-    """Return the memories that a segment with this mask, (b, s), left, given those it had.
-
-    The network returns the ends of what its layers have attended to: their memories and their input, `hiddens`.
-    """
-    mems = intermediates.mems
-    keys = seen_keys(memories, mask, intermediates.hiddens[0].shape[1]) if mems else None
-    return Memories(mems, None if keys is None else keys[:, keys.shape[1] - mems[0].shape[1] :])
-
-
-def trains_at_test_time(wrapper: Any) -> bool:
-    """Tell whether some of its weights are trained on each row; x-transformers 2.20 has no such wrapper."""
-    return getattr(wrapper, 'has_ttt', False)
 
 
 def loss_and_breakdown(
     wrapper: Any, x: Tensor, given: dict[str, Any], *, has_rows: bool
 ) -> tuple[Tensor, LossBreakdown]:
-    """Return the loss by the equation: count, weigh, run the network over the segments, cost, one sum."""
-    targets, ttt = counted_targets(wrapper, x, given), trains_at_test_time(wrapper)
+    """Return the loss by the equation: count, weigh, run the network over the segments, cost, one sum.
+
+    Test-time training, which x-transformers 2.20 does not have, trains some of the weights on each row.
+    """
+    targets, ttt = counted_targets(wrapper, x, given), getattr(wrapper, 'has_ttt', False)
     head = fused_head(wrapper, given, 'test-time training reads logits' if ttt else None)
     weighting, dtype = weighting_of(wrapper), loss_dtype_of(wrapper)
     weights = batch_weights(targets, weighting, dtype, given.get('loss_weight'), given.get('normalizer'))
@@ -117,8 +98,8 @@ def costs(
     From one segment to the next go memories, and parameters that are trained at test time. Both are cut off from the
     graph after every `tbptt_steps` segments; in x-transformers 2.20 memories are after each.
     """
-    ttt, steps = trains_at_test_time(wrapper), given.get('ttt_recurrent_steps', 1)
-    memories = Memories(given.get('mems'), (given.get('mem_masks') or [None])[0])  # one mask is of all layers
+    ttt, steps = getattr(wrapper, 'has_ttt', False), given.get('ttt_recurrent_steps', 1)
+    mems, real = given.get('mems'), (given.get('mem_masks') or [None])[0]  # which is of all layers alike
     if ttt:
         wrapper.init_ttt(len(segments[0].ids))
 
@@ -126,8 +107,13 @@ def costs(
     for index, segment in enumerate(segments):
         cut_off = (index + 1) % getattr(wrapper, 'tbptt_steps', 1) == 0
         if given.get('dropout_mems', False):
-            memories = Memories()
-        call = network_arguments(wrapper, segment, memories, cut_off)
+            mems = real = None
+        s = segment.ids.shape[1]
+        call = {**segment.arguments, **({} if mems is None else {'mems': mems})}
+        if hasattr(wrapper, 'tbptt_steps'):
+            call['detach_mems'] = cut_off
+        keys = seen_keys(mems, real, segment.mask, s + memory_tokens(wrapper.net))
+        call = mask_arguments(wrapper.net, keys, call, mask=segment.mask, queries=s)
         if head is not None:
             call['return_embeddings'] = True
 
@@ -139,45 +125,26 @@ def costs(
             if ttt and not (is_last_step and segment is segments[-1]):
                 wrapper.update_ttt(out, segment.next_ids, create_graph=wrapper.training, intermediates=intermediates)
 
-        memories = remember(memories, segment.mask, intermediates)
+        # the network returns the ends of what its layers have attended to: their memories and their input, `hiddens`
+        real = seen_keys(mems, real, segment.mask, intermediates.hiddens[0].shape[1])
+        mems = intermediates.mems
+        real = real[:, real.shape[1] - memory_length(mems) :] if real is not None and mems else None
         if ttt and cut_off:
-            cut_off_test_time_parameters(wrapper)
+            wrappers = wrapper.ttt_wrappers  # a list before x-transformers 2.23
+            for trained in wrappers.values() if isinstance(wrappers, dict) else wrappers:
+                params = trained.batch_params.items()
+                trained.batch_params = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params}
     totals, losses = zip(*parts, strict=True)
     return torch.stack(totals).sum(), torch.cat(losses, dim=1)
-
-
-def network_arguments(wrapper: Any, segment: Segment, memories: Memories, cut_off: bool) -> dict[str, Any]:
-    """Return the arguments of the network's forward for a segment that remembers those before."""
-    s = segment.ids.shape[1]
-    keys = seen_keys(memories, segment.mask, s + memory_tokens(wrapper.net))
-    arguments = dict(segment.arguments)
-    if memories.mems is not None:
-        arguments['mems'] = memories.mems
-    if hasattr(wrapper, 'tbptt_steps'):
-        arguments['detach_mems'] = cut_off
-    return mask_arguments(wrapper.net, keys, arguments, mask=segment.mask, queries=s)
-
-
-def cut_off_test_time_parameters(wrapper: Any) -> None:
-    """Detach what test-time training made of the weights in the segments before."""
-    wrappers = wrapper.ttt_wrappers  # a list before x-transformers 2.23
-    for trained in wrappers.values() if isinstance(wrappers, dict) else wrappers:
-        trained.batch_params = {
-            name: p.detach().requires_grad_(p.requires_grad) for name, p in trained.batch_params.items()
-        }
 
 
 def segment_costs(wrapper: Any, out: Tensor, segment: Segment, head: LinearHead | None) -> tuple[Tensor, Tensor]:
     """Return Σ w · ℓ of a segment, 0-dim, and ℓ, (b, s), 0 where it is not counted."""
     b, s = segment.ids.shape
-    if not isinstance(out, Tensor) or out.ndim != 3 or out.shape[:2] != (b, s):
-        found = tuple(out.shape) if isinstance(out, Tensor) else f'a {type(out).__name__}'
-        raise ValueError(f'the network must return ({b}, {s}, vocab), from one head, got {found}')
+    check_outputs(out, segment.ids, or_more=False)
     place = torch.arange(b * s, device=out.device).view(b, s)[:, : segment.counted.shape[1]]
     ids, outputs = torch.where(segment.counted, segment.next_ids, 0), Outputs(place)
     if head is not None:
         return loss_from_embeds(head, out, ids, segment.counted, segment.weight, outputs)
-    net: Any = wrapper if hasattr(wrapper, 'output_is_log_prob') else wrapper.net  # upstream may have wrapped the net
-    options: dict[str, Any] = {'is_log_prob': net.output_is_log_prob, 'composite': wrapper.fused is False}
-    nll = token_losses(out, ids, segment.counted, outputs, **options)
+    nll = token_losses(wrapper, out, ids, segment.counted, outputs)
     return (segment.weight * nll).sum(), nll
