@@ -75,6 +75,8 @@ def predict_frames(net: nn.Module, x: Tensor, first: Tensor, counted: Tensor, ar
             frame = out
         else:  # drawn by mean and deviation, so that gradients reach both
             frame = out[0] + out[1].clamp(min=1e-5).sqrt() * torch.randn(out[0].shape, device=out.device)
+        if frame.shape[-1] != x.shape[-1]:  # which might be broadcast
+            raise ValueError(f'net must predict the {x.shape[-1]} features that it reads, got {frame.shape[-1]}')
         frame = torch.where(counted[..., None], frame.to(x.dtype), 0)
         i = torch.arange(read.shape[1] + 1, device=x.device)
         read = torch.where((i == first + step)[..., None], frame, F.pad(read, (0, 0, 0, 1)))

@@ -20,7 +20,7 @@ def takes_positions(net: nn.Module) -> bool:
 
 
 def takes_lengths(net: nn.Module) -> bool:
-    """Tell whether it was built with `attn_flash_pack_seq`: flash-attn takes lengths of sequences in place of a mask."""
+    """Tell whether it was built with `attn_flash_pack_seq`: flash-attn takes lengths of sequences, and no mask."""
     return any(isinstance(m, Attend) and bool(m.flash and m.flash_pack_seq) for m in net.modules())
 
 
