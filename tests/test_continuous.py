@@ -7,6 +7,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import RULES, WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, frames, gradients, value_and_gradients
@@ -91,29 +92,18 @@ def test_generate_is_inherited() -> None:
     b=st.integers(1, 4),
     n=st.integers(1, 7),
     kind=st.sampled_from(sorted(KINDS)),
-    using=st.sets(st.sampled_from(['lens', 'mask', 'loss_mask', 'seq_start_pos', 'loss_weight', 'row_weight'])),
+    using=st.sets(st.sampled_from([*RULES[1:5], *WEIGHTS])),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )
 def test_the_equation(
     seed: int, b: int, n: int, kind: str, using: set[str], weighting: str | float, normalizer: float | None
 ) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(b, n, D, generator=draw, dtype=torch.float64)
-    out = torch.randn(b, max(n - 1, 1), D, generator=draw, dtype=torch.float64)
+    call = random_batch(seed, b, n, using, features=D)
+    counting, x = call.without('x', 'loss_weight'), call.pop('x')
+    out = random_batch(seed + 1, b, max(n - 1, 1), set(), features=D)['x']
     if kind == 'gaussian':
-        out = torch.stack((out, torch.rand(out.shape, generator=draw, dtype=torch.float64) + 0.1))
-    drawn = {
-        'lens': torch.randint(0, n + 1, (b,), generator=draw),
-        'mask': torch.rand(b, n, generator=draw) < 0.8,
-        'loss_mask': torch.rand(b, n, generator=draw) < 0.7,
-        'seq_start_pos': torch.randint(0, n, (b,), generator=draw),
-    }
-    call: dict[str, Any] = {name: value for name, value in drawn.items() if name in using}
-    counting = dict(call)
-    if {'loss_weight', 'row_weight'} & using:
-        shape = (b,) if 'row_weight' in using else (b, n)
-        call['loss_weight'] = torch.randn(shape, generator=draw, dtype=torch.float64)
+        out = torch.stack((out, out.sin().square() + 0.1))
 
     want = expected_frames(out, x, kind, weighting=weighting, normalizer=normalizer, **call)
     out.requires_grad_()

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import WEIGHTINGS, Stub, assert_same_gradients, decoder, gradients, random_batch
+from batches import random_batch
+from networks import WEIGHTINGS, Stub, assert_same_gradients, decoder, gradients
 from oracle import differentiable, expected
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def test_nothing_counted(network: str, nothing: str, fused: str | bool) -> None:
 def test_bad_logits_and_weights_stay_where_they_do_not_count(
     weighting: str | float, bad: float, log_prob: bool
 ) -> None:
-    call = random_batch(1, 4, 8, 5, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
+    call = random_batch(1, 4, 8, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'}, vocab=5)
     logits = torch.randn(4, 8, 5, dtype=torch.float64).log_softmax(-1)
     counted = torch.tensor(expected(logits, **call).counted)
     unused = ~nn.functional.pad(counted, (0, 1))  # where a position predicts nothing that counts
@@ -147,7 +148,7 @@ def test_ids_under_padding_may_be_anything(network: str, argument: str, fused: s
 
 def test_nothing_handed_in_is_changed(fused: str | bool) -> None:
     wrapper = AutoregressiveWrapper(decoder(), fused=fused, mask_prob=0.2)
-    call = random_batch(3, 3, 8, 11, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
+    call = random_batch(3, 3, 8, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
     call |= {'normalizer': torch.tensor(3.0), 'seq_start_pos': torch.tensor([0, 1, 2])}
     before = {k: v.clone() for k, v in call.items()}
     wrapper(**call).backward()
@@ -239,7 +240,7 @@ def test_normalizers_get_no_gradient(fused: str | bool) -> None:
 @pytest.mark.parametrize('network', [{}, {'tie_embedding': True}, {'emb_dim': 8, 'num_memory_tokens': 2}])
 def test_fused_or_not_is_one_loss(network: dict[str, Any], weighting: str | float) -> None:
     net = decoder(**network, dtype=torch.float64)
-    call = random_batch(7, 4, 9, 11, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
+    call = random_batch(7, 4, 9, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
     call['prepend_embeds'] = torch.randn(4, 2, net.emb_dim, dtype=torch.float64)
     made = [AutoregressiveWrapper(net, fused=fused, loss_weighting=weighting) for fused in (True, False)]
     (fused, parts), (plain, plain_parts) = (wrapper(**call, return_breakdown=True) for wrapper in made)

@@ -7,6 +7,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, gradients
@@ -89,7 +90,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     steps=st.integers(2, 4),
     options=st.sampled_from(sorted(NETWORKS)),
     kind=st.sampled_from(sorted(KINDS)),
-    using=st.sets(st.sampled_from(['lens', 'mask', 'loss_weight', 'row_weight'])),
+    using=st.sets(st.sampled_from(['lens', 'right mask', *WEIGHTS])),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )
@@ -104,18 +105,10 @@ def test_the_equation(
     weighting: str | float,
     normalizer: float | None,
 ) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(b, n, D, generator=draw, dtype=torch.float64).requires_grad_()
-    lens, real = (torch.randint(0, n + 2, (b,), generator=draw) for _ in range(2))
-    padding = {'lens': lens} if 'lens' in using else {}
-    padding |= {'mask': torch.arange(n) < real[:, None]} if 'mask' in using else {}
-    lengths = [
-        min([n] + [lens[row].item()] * ('lens' in using) + [real[row].item()] * ('mask' in using)) for row in range(b)
-    ]
-    loss_weight = None
-    if {'loss_weight', 'row_weight'} & using:
-        shape = (b,) if 'row_weight' in using else (b, n)
-        loss_weight = torch.randn(shape, generator=draw, dtype=torch.float64)
+    call = random_batch(seed, b, n, using, features=D)
+    x, loss_weight, padding = call.pop('x').requires_grad_(), call.get('loss_weight'), call.without('loss_weight')
+    real = torch.ones(b, n, dtype=torch.bool) & padding.get('mask', torch.tensor(True))
+    lengths = torch.minimum(real.sum(dim=1), padding.get('lens', torch.tensor(n))).tolist()
 
     net = network(dtype=torch.float64, probabilistic=kind == 'gaussian', **NETWORKS[options])
     torch.manual_seed(seed)

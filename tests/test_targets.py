@@ -1,9 +1,8 @@
 """Which targets count, how many each sequence has, and where the network's outputs lie that predict them."""
 
-from typing import Any
-
 import pytest
 import torch
+from batches import RULES, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import counted_targets, sequences
@@ -12,29 +11,13 @@ from xtloss.packing.layout import Layout
 from xtloss.weighting.targets import Outputs, count_targets
 from xtloss.wrappers.unpad import pays, plan_rows
 
-RULES = ('ignore_index', 'lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
-
-
-def random_rules(b: int, n: int, using: set[str]) -> dict[str, Any]:
-    made = {
-        'ignore_index': 3,
-        'lens': torch.randint(0, n + 1, (b,)),
-        'mask': torch.rand(b, n) < 0.8,
-        'loss_mask': torch.rand(b, n) < 0.7,
-        'seq_start_pos': torch.randint(0, n + 1, (b,)),
-        'segment_ids': torch.randint(-1, 3, (b, n)).sort(dim=-1).values.roll(int(torch.randint(n, ()))),
-    }
-    return {name: value for name, value in made.items() if name in using}
-
 
 @given(seed=st.integers(0, 2**32 - 1), b=st.integers(0, 4), n=st.integers(1, 9), using=st.sets(st.sampled_from(RULES)))
 def test_the_oracle_counts_the_same(seed: int, b: int, n: int, using: set[str]) -> None:
-    torch.manual_seed(seed)
-    x, rules = torch.randint(0, 6, (b, n)), random_rules(b, n, using)
-    prepended = int(torch.randint(3, ()))
-    got = count_targets(x, **rules, prepended=prepended)
-
-    want = counted_targets(x, prepend_len=prepended, **{'ignore_index': -100, **rules})
+    batch, prepended = random_batch(seed, b, n, using), seed % 3
+    x, rules = batch.pop('x'), batch
+    got = count_targets(x, **rules, **({'ignore_index': -100} if 'ignore' in using else {}), prepended=prepended)
+    want = counted_targets(x, prepend_len=prepended, **rules)
     assert got.counted.tolist() == want
     groups = [[place for place in run if want[place[0]][place[1]]] for run in sequences(x, rules.get('segment_ids'))]
     assert sorted(length for row in got.lengths.tolist() for length in row if length) == sorted(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import (
@@ -19,7 +20,6 @@ from networks import (
     assert_same_gradients,
     decoder,
     gradients,
-    random_batch,
     value_and_gradients,
 )
 from oracle import differentiable, expected
@@ -196,7 +196,7 @@ def carried(net: nn.Module, x: Tensor, segment: int = S, *, forget: bool = False
     segment=st.integers(1, 6),
     memory=st.booleans(),
     log_prob=st.booleans(),
-    using=st.sets(st.sampled_from(['ignore', 'lens', 'loss_mask', 'loss_weight', 'row_weight'])),
+    using=st.sets(st.sampled_from(['ignore', 'lens', 'loss_mask', *WEIGHTS])),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )
@@ -213,7 +213,7 @@ def test_the_equation(
 ) -> None:
     """Segments change what the network sees, and nothing about the weights."""
     net = network(max_seq_len=segment, mixture_of_softmax=log_prob, dtype=torch.float64, **EXACT)
-    call = random_batch(seed, b, n, VOCAB, using)
+    call = random_batch(seed, b, n, using, vocab=VOCAB)
     read = call['x'].masked_fill(call['x'] == -100, 0)
     logits = carried(net, read, segment, forget=not memory)
     want = expected(logits, weighting=weighting, normalizer=normalizer, log_probs=log_prob, **call)
