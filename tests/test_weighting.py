@@ -159,6 +159,28 @@ def test_a_given_normalizer_replaces_z(weighting: str | float, fused: str | bool
     assert not any(grad.any() for grad in gradients(nothing, wrapper).values())
 
 
+@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}, {'emb_dim': 8, 'num_memory_tokens': 2}])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+def test_fused_or_not_is_one_loss(network: dict[str, Any], weighting: str | float) -> None:
+    net = decoder(**network, dtype=torch.float64)
+    call = random_batch(7, 4, 9, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
+    call['prepend_embeds'] = torch.randn(4, 2, net.emb_dim, dtype=torch.float64)
+    made = [AutoregressiveWrapper(net, fused=fused, loss_weighting=weighting) for fused in (True, False)]
+    (fused, parts), (plain, plain_parts) = (wrapper(**call, return_breakdown=True) for wrapper in made)
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-9)
+    for one, other in zip(parts, plain_parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert_same_gradients(gradients(fused, net), gradients(plain, net), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ('options', 'shown'),
+    [({'equal_loss_weight_batch': True}, 'sequence'), ({'loss_weighting': 0.3}, '0.3'), ({}, 'token')],
+)
+def test_the_weighting_is_shown(options: dict[str, Any], shown: str) -> None:
+    assert f'loss_weighting={shown}' in repr(AutoregressiveWrapper(decoder(), **options)).replace("'", '')
+
+
 @pytest.mark.parametrize('masks', [{'lens'}, {'mask', 'loss_mask'}, {'ignore'}])
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_loss_normalizer_is_the_breakdowns(weighting: str | float, masks: set[str]) -> None:

@@ -1,6 +1,5 @@
 """XLAutoregressiveWrapper: one equation over the whole row, however it is cut into segments."""
 
-import copy
 import inspect
 from functools import partial
 from importlib.metadata import version
@@ -265,17 +264,6 @@ def test_an_ignored_token_can_be_read() -> None:
     assert XLAutoregressiveWrapper(net, pad_value=3)(x).item() == pytest.approx(want.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize('argument', ['lens', 'mask', 'ignored'])
-def test_ids_under_padding_may_be_anything(argument: str) -> None:
-    real = torch.arange(N) < torch.tensor([[14], [7], [3], [1]])
-    call = {'lens': {'lens': real.sum(dim=1)}, 'mask': {'mask': real}, 'ignored': {}}[argument]
-    wrapper = XLAutoregressiveWrapper(network(), ignore_index=-7, pad_value=4)
-    want = wrapper(ids().masked_fill(~real, -7))
-    for junk in (-7,) if argument == 'ignored' else (-1, 10**6, 7, -7):
-        got = wrapper(ids().masked_fill(~real, junk), **call)
-        assert got.item() == pytest.approx(want.item(), rel=1e-5)
-
-
 @pytest.mark.parametrize('longer', [False, True], ids=['', 'longer gradients'])
 @pytest.mark.parametrize('name', sorted(set(NETWORKS) - {'absolute'}))
 def test_padding_is_not_remembered(name: str, longer: bool) -> None:
@@ -417,51 +405,6 @@ def test_one_loss_however_it_is_batched(weighting: str | float) -> None:
         assert_same_gradients(grads, want_grads, 1e-9, floor=1e-6)
 
 
-NOTHING: dict[str, dict[str, Any]] = {
-    'one token': {'x': ids(n=1)},
-    'no rows': {'x': ids()[:0]},
-    'all ignored': {'x': torch.full((B, N), -100)},
-    'no length': {'x': ids(), 'lens': torch.zeros(B).long()},
-    'all masked': {'x': ids(), 'mask': torch.zeros(B, N).bool()},
-    'no loss': {'x': ids(), 'loss_mask': torch.zeros(B, N).bool(), 'loss_weight': torch.full((B, N), torch.nan)},
-}
-
-
-@pytest.mark.parametrize('nothing', NOTHING)
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 'padded'])
-def test_nothing_counted(nothing: str, weighting: str) -> None:
-    wrapper = XLAutoregressiveWrapper(network(), loss_weighting=weighting)
-    usual = gradients(wrapper(ids()), wrapper).keys()
-    loss, parts = wrapper(**NOTHING[nothing], return_breakdown=True)
-    assert loss.item() == 0
-    assert parts.token_loss.shape == NOTHING[nothing]['x'][:, 1:].shape
-    loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for name, p in wrapper.named_parameters() if name in usual)
-    if weighting != 'padded':
-        assert wrapper.loss_normalizer(**NOTHING[nothing]).item() == 0
-
-
-class NaNHead(nn.Linear):
-    """Gives NaN for one token, whatever it reads at others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).masked_fill(self.holes[:, : x.shape[1], None], torch.nan)
-
-
-def test_nan_logits_where_nothing_counts() -> None:
-    lens = torch.tensor([4, 1, 3, 2])
-    torch.manual_seed(2)
-    head = NaNHead(16, VOCAB)
-    head.holes = torch.arange(S) >= lens[:, None] - 1
-    wrapper = XLAutoregressiveWrapper(network(to_logits=head), equal_loss_weight_batch=True)
-    got = wrapper(ids(n=S + 1), lens=lens)
-    got_grads = gradients(got, wrapper)
-    head.holes = torch.zeros(B, S).bool()
-    want = wrapper(ids(n=S + 1), lens=lens)
-    assert got.item() == pytest.approx(want.item(), rel=1e-6)
-    assert_same_gradients(got_grads, gradients(want, wrapper), 1e-5)
-
-
 FLAGS, ROWS = torch.ones(B, N).bool(), torch.ones(B).long()
 
 
@@ -477,20 +420,6 @@ def test_a_network_that_answers_for_more_than_it_read() -> None:
     net.register_forward_hook(lambda _, __, out: (out[0].repeat(1, 2, 1), out[1]))
     with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\), got \(4, 10, 11\)'):
         XLAutoregressiveWrapper(net)(ids())
-
-
-def test_nothing_handed_in_is_changed() -> None:
-    call = {'x': ids(), 'lens': ROWS * 9, 'mask': FLAGS, 'loss_mask': FLAGS, 'loss_weight': torch.rand(B, N)}
-    before = copy.deepcopy(call)
-    XLAutoregressiveWrapper(network())(**call).backward()
-    assert all(torch.equal(value, before[name]) for name, value in call.items())
-
-
-def test_ids_of_any_integer_dtype() -> None:
-    wrapper = XLAutoregressiveWrapper(network())
-    want = wrapper(ids())
-    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        assert wrapper(ids().to(dtype)).item() == want.item()
 
 
 def test_xtransformers_readme() -> None:
