@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from batches import RULES, WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, frames, gradients, value_and_gradients
+from networks import EXACT, WEIGHTINGS, assert_same_gradients, frames, gradients, value_and_gradients
 from networks import continuous_network as network
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
@@ -257,16 +257,6 @@ def test_a_reduced_loss_cannot_be_weighted(call: dict[str, Any]) -> None:
 def test_a_reduced_loss_has_no_weighting() -> None:
     with pytest.raises(ValueError, match=f'^{REDUCED}$'):
         ContinuousAutoregressiveWrapper(network(), nn.MSELoss(), loss_weighting='sequence_sum')(frames())
-
-
-def test_a_mask_of_the_inputs() -> None:
-    with pytest.raises(ValueError, match=r'^mask must have shape \(3, 8\) like x, got \(3, 7\): .*inputs.*$'):
-        ContinuousAutoregressiveWrapper(Unreachable())(frames(), mask=REAL[:, :-1])
-
-
-def test_the_flag_beside_another_weighting() -> None:
-    with pytest.raises(ValueError, match='equal_loss_weight_batch'):
-        ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True, loss_weighting='token')
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -380,14 +380,6 @@ def test_other_features_than_those_it_reads(width: int) -> None:
         wrapper(frames(), K)
 
 
-def test_types_are_checked_first() -> None:
-    wrapper = ContinuousAutoregressiveWrapper(Unreachable())
-    with pytest.raises(TypeError, match=r'^loss_mask must be bool, got int64$'):
-        wrapper(frames(), 2, loss_mask=REAL.long())
-    with pytest.raises(ValueError, match=r'^mask must have shape \(4, 9\) like x, got \(4, 8\)'):
-        wrapper(frames(), 2, mask=REAL[:, :-1])
-
-
 @pytest.mark.slow
 def test_compiled() -> None:
     wrapper = ContinuousAutoregressiveWrapper(Times())

@@ -173,10 +173,14 @@ def test_fused_or_not_is_one_loss(network: dict[str, Any], weighting: str | floa
     assert_same_gradients(gradients(fused, net), gradients(plain, net), 1e-9)
 
 
-@pytest.mark.parametrize(
-    ('options', 'shown'),
-    [({'equal_loss_weight_batch': True}, 'sequence'), ({'loss_weighting': 0.3}, '0.3'), ({}, 'token')],
-)
+SHOWN: list[tuple[dict[str, Any], str]] = [
+    ({'equal_loss_weight_batch': True}, 'sequence'),
+    ({'loss_weighting': 0.3}, '0.3'),
+    ({}, 'token'),
+]
+
+
+@pytest.mark.parametrize(('options', 'shown'), SHOWN)
 def test_the_weighting_is_shown(options: dict[str, Any], shown: str) -> None:
     assert f'loss_weighting={shown}' in repr(AutoregressiveWrapper(decoder(), **options)).replace("'", '')
 
