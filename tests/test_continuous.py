@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from batches import RULES, WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import EXACT, WEIGHTINGS, assert_same_gradients, frames, gradients, value_and_gradients
+from networks import WEIGHTINGS, assert_same_gradients, frames, gradients
 from networks import continuous_network as network
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
@@ -165,40 +165,6 @@ def test_equal_weights_average_over_features() -> None:
     assert ours(x, mask=full).item() == pytest.approx(want, rel=1e-5)
     assert theirs(x, mask=full).item() == pytest.approx(D * want, rel=1e-5)
     assert theirs(x).item() == pytest.approx(want, rel=1e-5)
-
-
-def padded_left(x: Tensor) -> Tensor:
-    """Each row's real frames moved to its end."""
-    return torch.stack([row.roll(int(N - length), dims=0) for row, length in zip(x, LENS, strict=True)])
-
-
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: bool) -> None:
-    x, shares = frames(dtype=torch.float64), torch.rand(B, N, dtype=torch.float64)
-    flags = torch.rand(B, N) < 0.8
-    options = {'dtype': torch.float64, 'probabilistic': probabilistic} | EXACT
-    absolute, relative = network(**options), network(**options, use_abs_pos_emb=False, layers_rotary_pos_emb=True)
-    order = torch.tensor([2, 0, 1])
-
-    right = {'x': x, 'lens': LENS, 'loss_mask': flags, 'loss_weight': shares}
-    left = {'x': padded_left(x), 'loss_mask': padded_left(flags), 'loss_weight': padded_left(shares)}
-    layouts = [
-        (relative, [{k: v[order] for k, v in right.items()}]),
-        (relative, [{k: v[i : i + 1] for k, v in right.items()} for i in range(B)]),
-        (relative, [{k: v for k, v in right.items() if k != 'lens'} | {'mask': REAL}]),
-        (relative, [left | {'mask': padded_left(REAL)}]),
-        (absolute, [left | {'seq_start_pos': N - LENS}]),
-    ]
-    if weighting != 'padded':
-        more = {k: F.pad(v, (0, 0, 0, 4) if v.ndim == 3 else (0, 4)) for k, v in right.items() if k != 'lens'}
-        layouts.append((absolute, [more | {'lens': LENS}]))
-    for net, calls in layouts:
-        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
-        (loss, grads), (want, want_grads) = value_and_gradients(wrapper, *calls), value_and_gradients(wrapper, right)
-        assert loss == pytest.approx(want, rel=1e-9)
-        # keys shifted alike cancel in attention, so what is left of an absolute embedding's gradient may be rounding
-        assert_same_gradients(grads, want_grads, 1e-9, floor=1e-3)
 
 
 def test_nan_outputs_where_nothing_counts() -> None:

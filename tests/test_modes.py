@@ -166,6 +166,9 @@ def test_forward_mode_and_batched_derivatives(kind: str) -> None:
         got = forward_ad.unpack_dual(functional_call(wrapper, dual, (), call)).tangent
     torch.testing.assert_close(got, sum((wanted[name] * tangents[name]).sum() for name in wanted), rtol=1e-9, atol=0)
 
+    params = dict(wrapper.named_parameters())
+    assert_same_gradients(torch.func.grad(lambda p: functional_call(wrapper, p, (), call))(params), wanted, 1e-9)
+
     loss, seeds = wrapper(**call), torch.tensor([1.0, -2.5], dtype=torch.float64)
     batched = torch.autograd.grad(loss, list(wrapper.parameters()), seeds, is_grads_batched=True)
     for row, seed in enumerate(seeds):

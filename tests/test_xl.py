@@ -19,7 +19,6 @@ from networks import (
     assert_same_gradients,
     decoder,
     gradients,
-    value_and_gradients,
 )
 from oracle import differentiable, expected
 from torch import Tensor, nn
@@ -366,43 +365,6 @@ def test_fused_says_why_it_cannot_be(name: str) -> None:
         XLAutoregressiveWrapper(net, fused=True)(ids(), **call)
     auto, never = (XLAutoregressiveWrapper(net, fused=fused)(ids(), **call) for fused in ('auto', False))
     assert auto.item() == never.item()
-
-
-def test_log_probabilities_are_taken_as_they_are() -> None:
-    net = network()
-    net.output_is_log_prob = True
-    want = expected(carried(net, ids()), ids(), log_probs=True).loss
-    assert XLAutoregressiveWrapper(net)(ids()).item() == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-def test_one_loss_however_it_is_batched(weighting: str | float) -> None:
-    """Padding on the left must be whole segments: others would cut the row, and so its memories, elsewhere."""
-    lens = torch.tensor([14, 7, 3, 9])
-    net = network(dtype=torch.float64, layers_depth=2, **EXACT)
-    wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
-    right = {'x': ids(), 'loss_mask': torch.rand(B, N) < 0.8, 'loss_weight': torch.randn(B, N, dtype=torch.float64)}
-    real = {'lens': lens}
-
-    order = torch.tensor([2, 0, 3, 1])
-    layouts = [
-        [{k: v[order] for k, v in (right | real).items()}],
-        [{k: v[i : i + 1] for k, v in (right | real).items()} for i in range(B)],
-        [right | {'mask': torch.arange(N) < lens[:, None]}],
-    ]
-    if weighting != 'padded':
-        layouts += [
-            [{k: F.pad(v, (0, 9)) for k, v in right.items()} | real],
-            [
-                {k: F.pad(v, (2 * S, 0)) for k, v in right.items()}
-                | {'mask': F.pad(torch.arange(N) < lens[:, None], (2 * S, 0))}
-            ],
-        ]
-    want, want_grads = value_and_gradients(wrapper, right | real)
-    for calls in layouts:
-        loss, grads = value_and_gradients(wrapper, *calls)
-        assert loss == pytest.approx(want, rel=1e-9)
-        assert_same_gradients(grads, want_grads, 1e-9, floor=1e-6)
 
 
 FLAGS, ROWS = torch.ones(B, N).bool(), torch.ones(B).long()
