@@ -52,13 +52,13 @@ COUNTING = {
     'loss_mask': like_x(FLAGS, 'bool', *OF_TOKENS),
     'loss_weight': tensors(WEIGHTS, 'floating point', '(4,) or (4, 8) like x', *OF_TOKENS[:4], *OF_ROWS[:5]),
     'normalizer': wrong.NORMALIZER,
-    'return_breakdown': wrong.FLAG,
+    'return_breakdown': wrong.GIVEN_FLAG,
 }
 STARTS, SEGMENTS = like_x(ROWS, 'integer', *OF_ROWS), like_x(IDS, 'integer', *OF_TOKENS)
-X = tensors(IDS, 'integer', '(b, n)…', (N,), (), (B, N, 1), (1, B, N), (B, 0), (0, 0), like=None, optional=False)
-FRAMES_OF_X = tensors(
-    FRAMES, 'floating point', '(b, n, d)…', (B, N), (), (1, B, N, D), (B, 0, D), like=None, optional=False
-)
+X = tensors(IDS, 'integer', '(b, n)…', (N,), (), (B, N, 1), (1, B, N), like=None)
+X += [Wrong(IDS[:, :0], ValueError, '{} must have …n >= 1…, got (4, 0)')]
+FRAMES_OF_X = tensors(FRAMES, 'floating point', '(b, n, d)…', (B, N), (), (1, B, N, D), like=None)
+FRAMES_OF_X += [Wrong(FRAMES[:, :0], ValueError, '{} must have …n >= 1…, got (4, 0, 3)')]
 PREPENDED = {
     'prepend_embeds': tensors(
         EMBEDS, 'floating point', '(4, p, 16)…', (5, 16), (1, 5, 16), (B, 5, 15), (B, 1, 5, 16), (), (B,)
@@ -80,7 +80,7 @@ def of_layers(good: torch.Tensor, kind: str, rule: str, *shapes: tuple[int, ...]
 
 MEMORIES = {
     'mems': [
-        *of_layers(MEMORY, 'floating point', '(4, m, d)…', (B, 5), (3, 5, 16), (), (1, 5, 16), (B, 1, 5, 16)),
+        *of_layers(MEMORY, 'floating point', '(4, m, …', (B, 5), (3, 5, 16), (), (1, 5, 16), (B, 1, 5, 16)),
         Wrong([MEMORY, MEMORY[:, 1:]], ValueError, '{}[1] must have shape (4, 5, …), got (4, 4, 16)'),
     ],
     'mem_masks': of_layers(MEMORY_MASK, 'bool', '(4, m)…', (B,), (3, 5), (), (1, 5), (B, 5, 1)),
@@ -111,29 +111,24 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
             **MEMORIES,
             'segment_ids': SEGMENTS,
             'seq_start_pos': STARTS,
-            'return_outputs': wrong.FLAG,
+            'return_outputs': wrong.GIVEN_FLAG,
             'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, 8…', (B, N - 1), *OF_KEYS),
         },
     ),
     (
         ContinuousAutoregressiveWrapper,
         FRAMES,
-        {
-            **OPTIONS,
-            'use_l1_loss': wrong.FLAG,
-            'loss_fn': of_type('callable', *[value for value in NOTHING_LIKE_IT if not callable(value)], 3, True),
-        },
+        OPTIONS,
         {
             'x': FRAMES_OF_X,
             **COUNTING,
             **ATTN_MASK,
             **MEMORIES,
-            'rollout_steps': wrong.COUNT,
+            'rollout_steps': wrong.CHUNK_SIZE,
             'seq_start_pos': STARTS,
             'segment_ids': refused(IDS),
             'prepend_embeds': refused(EMBEDS),
             'self_attn_kv_mask': tensors(FLAGS[:, 1:], 'bool', '(4, 7…', (B, N - 2), *OF_KEYS),
-            **{name: refused(True) for name in ('return_intermediates', 'return_mems', 'return_attn')},
         },
     ),
     (
@@ -145,8 +140,8 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
             **COUNTING,
             **ATTN_MASK,
             **MEMORIES,
-            'dropout_mems': wrong.FLAG,
-            'ttt_recurrent_steps': wrong.COUNT,
+            'dropout_mems': wrong.GIVEN_FLAG,
+            'ttt_recurrent_steps': wrong.CHUNK_SIZE,
             'seq_start_pos': refused(ROWS),
             'segment_ids': refused(IDS),
             'prepend_embeds': refused(EMBEDS),

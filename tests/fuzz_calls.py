@@ -20,8 +20,8 @@ OPTIONS = {
 }
 NUMBERS = {
     'normalizer': wrong.NORMALIZER,
-    'rollout_steps': wrong.COUNT,
-    **dict.fromkeys(('return_breakdown', 'return_outputs', 'dropout_mems'), wrong.FLAG),
+    'rollout_steps': wrong.CHUNK_SIZE,
+    **dict.fromkeys(('return_breakdown', 'return_outputs', 'dropout_mems'), wrong.GIVEN_FLAG),
 }
 KIND_OF = {'mask': 'bool', 'loss_mask': 'bool', 'loss_weight': 'floating point', 'prepend_embeds': 'floating point'}
 

@@ -46,7 +46,8 @@ TAKEN += [('plain', net, padding) for net, padding in itertools.product(('rotary
 TAKEN += [('xl', net, padding) for net, padding in itertools.product(RELATIVE, PADDINGS)]
 TAKEN += [('continuous', net, padding) for net, padding in itertools.product(RELATIVE | OF_FRAMES, PADDINGS | STARTS)]
 TAKEN = [case for case in TAKEN if case[0] != 'continuous' or case[2] != 'left mask and key mask']
-TAKEN.remove(('plain', 'shifted tokens', 'seq_start_pos'))  # which hides keys alone: a neighbour is mixed in
+# shifted tokens under a mask are float32 in x-transformers, which raises then
+TAKEN = [case for case in TAKEN if case[1] != 'shifted tokens' or case[2] == 'lens']
 
 
 def wrapped(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

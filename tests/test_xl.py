@@ -167,9 +167,8 @@ def test_recurrent_steps_need_test_time_training() -> None:
 def test_test_time_training_reads_logits() -> None:
     """So that head and loss cannot be one, though the network would allow it."""
     wrapper = made(XLAutoregressiveWrapper, network(), **TTT, fused=True)
-    for method in (wrapper, wrapper.loss_normalizer):
-        with pytest.raises(ValueError, match=r'^fused=True, but .*: test-time training reads logits$'):
-            method(ids())
+    with pytest.raises(ValueError, match=r'^fused=True, but .*: test-time training reads logits$'):
+        wrapper(ids())
     assert made(XLAutoregressiveWrapper, network(), fused=True)(ids()).isfinite()
 
 
@@ -380,7 +379,7 @@ def test_a_mask_of_keys_beside_a_mask() -> None:
 def test_a_network_that_answers_for_more_than_it_read() -> None:
     net = network()
     net.register_forward_hook(lambda _, __, out: (out[0].repeat(1, 2, 1), out[1]))
-    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\), got \(4, 10, 11\)'):
+    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\).*, got \(4, 10, 11\)'):
         XLAutoregressiveWrapper(net)(ids())
 
 

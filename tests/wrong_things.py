@@ -77,9 +77,9 @@ def numbers(rule: str, *out_of_range: Any, optional: bool = True) -> list[Wrong]
 
 
 FLAG = of_type('bool', *NOTHING_LIKE_IT, *NUMBERS, None, torch.tensor(True), torch.tensor([True]))
+GIVEN_FLAG = [row for row in FLAG if row.value is not None]  # of an argument that may be left out
 NO_INTEGERS = [*NOTHING_LIKE_IT, *FLAGS, 2.0, np.float64(2), float('nan'), torch.tensor(2)]
 CHUNK_SIZE = [*of_type('int', *NO_INTEGERS), *of_value('>= 1', 0, -1, -(10**30), np.int64(0))]
-COUNT = [*CHUNK_SIZE, *of_type('int', None)]
 MAX_LEN = CHUNK_SIZE
 NORMALIZER = [
     *numbers(
