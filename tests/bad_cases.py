@@ -1,4 +1,4 @@
-"""The table of `test_bad_table.py`: every argument of every public callable, and what is wrong for it."""
+"""The table of `test_bad_input.py`: every argument of every public callable, and what is wrong for it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,37 +38,34 @@ def like_x(good: torch.Tensor, kind: str, *shapes: tuple[int, ...]) -> list[Wron
     return tensors(good, kind, f'{tuple(good.shape)} like x', *shapes)
 
 
-def unknown(function: str) -> list[Wrong]:
-    """What a `**kwargs` may hold: a name that nobody knows, told by Python's own words."""
-    return [Wrong({'lenss': 1}, TypeError, f"{function} got an unexpected keyword argument 'lenss'")]
+def unknown(name: str) -> list[Wrong]:
+    """What a `**kwargs` may hold: a name that nobody knows."""
+    return [Wrong({name: 1}, TypeError, f"…got an unexpected keyword argument '{name}'")]
 
 
 OF_ROWS = [(3,), (5,), (1,), (B, 1), (), (0,)]
 OF_TOKENS = [(B, N - 1), (B, N + 1), (1, N), (N,), (B,), (B, N, 1), (), (N, B), (0, N)]
+OF_KEYS = [(N,), (B,), (B, N, 1), (), (N, B), (0, N)]
 COUNTING = {
     'lens': like_x(ROWS, 'integer', *OF_ROWS),
     'mask': like_x(FLAGS, 'bool', *OF_TOKENS),
     'loss_mask': like_x(FLAGS, 'bool', *OF_TOKENS),
     'loss_weight': tensors(WEIGHTS, 'floating point', '(4,) or (4, 8) like x', *OF_TOKENS[:4], *OF_ROWS[:5]),
     'normalizer': wrong.NORMALIZER,
-    'return_breakdown': wrong.FLAG,
+    'return_breakdown': wrong.GIVEN_FLAG,
 }
 STARTS, SEGMENTS = like_x(ROWS, 'integer', *OF_ROWS), like_x(IDS, 'integer', *OF_TOKENS)
-X = tensors(
-    IDS, 'integer', '(b, n) with n >= 1', (N,), (), (B, N, 1), (1, B, N), (B, 0), (0, 0), like=None, optional=False
-)
-FRAMES_OF_X = tensors(
-    FRAMES, 'floating point', '(b, n, d) with n >= 1', (B, N), (), (1, B, N, D), (B, 0, D), like=None, optional=False
-)
-MASKS = {
-    'prepend_mask': tensors(torch.ones(B, 0).bool(), 'bool', '(4, 0)', (B, 1), (1, 0), (B,), ()),
-    'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, 8)', *OF_TOKENS),
+X = tensors(IDS, 'integer', '(b, n)…', (N,), (), (B, N, 1), (1, B, N), like=None)
+X += [Wrong(IDS[:, :0], ValueError, '{} must have …n >= 1…, got (4, 0)')]
+FRAMES_OF_X = tensors(FRAMES, 'floating point', '(b, n, d)…', (B, N), (), (1, B, N, D), like=None)
+FRAMES_OF_X += [Wrong(FRAMES[:, :0], ValueError, '{} must have …n >= 1…, got (4, 0, 3)')]
+PREPENDED = {
+    'prepend_embeds': tensors(
+        EMBEDS, 'floating point', '(4, p, 16)…', (5, 16), (1, 5, 16), (B, 5, 15), (B, 1, 5, 16), (), (B,)
+    ),
+    'prepend_mask': tensors(torch.ones(B, 0).bool(), 'bool', '(4, …', (1, 0), (B,), ()),
 }
-ATTN_MASK = {
-    'attn_mask': tensors(
-        torch.ones(N, N).bool(), 'bool', '(i, k), (h, i, k) or (b, h, i, k)', (N,), (), (1, 1, 1, N, N)
-    )
-}
+ATTN_MASK = {'attn_mask': tensors(torch.ones(N, N).bool(), 'bool', '(i, k)…', (N,), (), (1, 1, 1, N, N))}
 MEMORY, MEMORY_MASK = torch.ones(B, 5, 16), torch.ones(B, 5).bool()
 
 
@@ -83,74 +80,72 @@ def of_layers(good: torch.Tensor, kind: str, rule: str, *shapes: tuple[int, ...]
 
 MEMORIES = {
     'mems': [
-        *of_layers(MEMORY, 'floating point', '(4, m, d)', (B, 5), (3, 5, 16), (), (1, 5, 16), (B, 1, 5, 16)),
-        Wrong([MEMORY, MEMORY[:, 1:]], ValueError, '{}[1] must have shape (4, 5, d), got (4, 4, 16)'),
+        *of_layers(MEMORY, 'floating point', '(4, m, …', (B, 5), (3, 5, 16), (), (1, 5, 16), (B, 1, 5, 16)),
+        Wrong([MEMORY, MEMORY[:, 1:]], ValueError, '{}[1] must have shape (4, 5, …), got (4, 4, 16)'),
     ],
-    'mem_masks': of_layers(MEMORY_MASK, 'bool', '(4, m) like mems', (B,), (3, 5), (), (1, 5), (B, 5, 1)),
+    'mem_masks': of_layers(MEMORY_MASK, 'bool', '(4, m)…', (B,), (3, 5), (), (1, 5), (B, 5, 1)),
 }
 
 
-def refused(value: Any) -> Wrong:
+def refused(value: Any) -> list[Wrong]:
     """What is right by itself, and cannot be followed."""
-    return Wrong(value, ValueError, '{} cannot be given here')
+    return [Wrong(value, ValueError, '{} …')]
 
 
-REFUSED = {'segment_ids': [*SEGMENTS, refused(IDS)], 'prepend_embeds': [refused(EMBEDS)]}
 OPTIONS = {'equal_loss_weight_batch': wrong.FLAG, 'loss_weighting': wrong.WEIGHTING}
-OPTIONS_AR = {**OPTIONS, 'fused': wrong.FUSED, 'unpad': wrong.FLAG, 'trust_segments': wrong.FLAG}
 OPTIONS_XL = {**OPTIONS, 'fused': wrong.FUSED}
+OPTIONS_AR = {**OPTIONS_XL, 'unpad': wrong.FLAG, 'trust_segments': wrong.FLAG}
+TWISTED = {'kwargs': unknown('lenss')}
 
-# of each wrapper: its class, a batch, its options, the arguments of its forward, and those that go to the network
-WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict[str, list[Wrong]], Any]] = [
+# of each wrapper: its class, a batch, its options, and the arguments of its forward, the network's too
+WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict[str, list[Wrong]]]] = [
     (
         AutoregressiveWrapper,
         IDS,
-        {**OPTIONS_AR, 'kwargs': unknown('AutoregressiveWrapper.__init__()')},
+        {**OPTIONS_AR, **TWISTED},
         {
             'x': X,
             **COUNTING,
+            **PREPENDED,
+            **ATTN_MASK,
+            **MEMORIES,
             'segment_ids': SEGMENTS,
-            'return_outputs': wrong.FLAG,
-            'prepend_embeds': tensors(
-                EMBEDS, 'floating point', '(4, p, 16)', (5, 16), (1, 5, 16), (B, 5, 15), (B, 1, 5, 16), (), (B,)
-            ),
+            'seq_start_pos': STARTS,
+            'return_outputs': wrong.GIVEN_FLAG,
+            'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, 8…', (B, N - 1), *OF_KEYS),
         },
-        {'seq_start_pos': STARTS, **MASKS, **ATTN_MASK, **MEMORIES},
     ),
     (
         ContinuousAutoregressiveWrapper,
         FRAMES,
+        OPTIONS,
         {
-            **OPTIONS,
-            'use_l1_loss': wrong.FLAG,
-            'loss_fn': of_type('callable', *[value for value in NOTHING_LIKE_IT if not callable(value)], 3, True),
-        },
-        {'x': FRAMES_OF_X, **COUNTING, 'rollout_steps': wrong.COUNT},
-        {
-            'seq_start_pos': STARTS,
-            **REFUSED,
-            'self_attn_kv_mask': tensors(FLAGS[:, 1:], 'bool', '(4, 7)', (B, N), *OF_TOKENS[1:]),
+            'x': FRAMES_OF_X,
+            **COUNTING,
             **ATTN_MASK,
             **MEMORIES,
+            'rollout_steps': wrong.CHUNK_SIZE,
+            'seq_start_pos': STARTS,
+            'segment_ids': refused(IDS),
+            'prepend_embeds': refused(EMBEDS),
+            'self_attn_kv_mask': tensors(FLAGS[:, 1:], 'bool', '(4, 7…', (B, N - 2), *OF_KEYS),
         },
     ),
     (
         XLAutoregressiveWrapper,
         IDS,
-        {**OPTIONS_XL, 'kwargs': unknown('XLAutoregressiveWrapper.__init__()')},
+        {**OPTIONS_XL, **TWISTED},
         {
             'x': X,
             **COUNTING,
-            'mems': MEMORIES['mems'],
-            'dropout_mems': wrong.FLAG,
-            'ttt_recurrent_steps': wrong.COUNT,
-        },
-        {
-            'mem_masks': MEMORIES['mem_masks'],
-            'seq_start_pos': [*STARTS, refused(ROWS)],
-            **REFUSED,
-            'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, 1 or more)', *OF_TOKENS[2:]),
             **ATTN_MASK,
+            **MEMORIES,
+            'dropout_mems': wrong.GIVEN_FLAG,
+            'ttt_recurrent_steps': wrong.CHUNK_SIZE,
+            'seq_start_pos': refused(ROWS),
+            'segment_ids': refused(IDS),
+            'prepend_embeds': refused(EMBEDS),
+            'self_attn_kv_mask': tensors(FLAGS, 'bool', '(4, …', *OF_KEYS),
         },
     ),
 ]
@@ -178,21 +173,19 @@ def upgraded(module: Any, **options: Any) -> None:
 
 def cases() -> dict[str, Case]:
     found = {}
-    for ours, x, options, arguments, of_network in WRAPPERS:
-        name, rows = ours.__name__, {**arguments, **of_network}
-        built = {'net': wrong.MODULE, **options}
-        found[name] = Case(constructor(ours), {'net': network()}, built, ours)
-        found[f'{name}.forward'] = Case(forward(ours), {'x': x}, rows, ours.forward)
+    for ours, x, options, arguments in WRAPPERS:
+        name = ours.__name__
+        found[name] = Case(constructor(ours), {'net': network()}, {'net': wrong.MODULE, **options}, ours)
+        found[f'{name}.forward'] = Case(forward(ours), {'x': x}, arguments, ours.forward)
         # it takes what forward takes, and raises what forward raises
-        found[f'{name}.loss_normalizer'] = Case(loss_normalizer(ours), {'x': x}, rows, ours.loss_normalizer)
-    misspelt = Wrong({'maskk': 1}, TypeError, "segment_leak() got an unexpected keyword argument 'maskk', is it mask?")
+        found[f'{name}.loss_normalizer'] = Case(loss_normalizer(ours), {'x': x}, arguments, ours.loss_normalizer)
     found['segment_leak'] = Case(
         lambda network_kwargs=None, **call: segment_leak(**call, **(network_kwargs or {})),
         {'net': decoder()},
-        {'net': wrong.MODULE, 'network_kwargs': [*unknown('segment_leak()'), misspelt]},
+        {'net': wrong.MODULE, 'network_kwargs': [*unknown('lenss'), *unknown('maskk')]},
         segment_leak,
     )
-    no_option = [Wrong(1, ValueError, '{} is no option of the module itself (AutoregressiveWrapper)')]
+    no_option = [Wrong(1, ValueError, '{} is no option of …')]
     of_upgrade = {'module': wrong.MODULE, **OPTIONS_AR, 'options': no_option}
     found['upgrade_'] = Case(upgraded, {'module': UpstreamWrapper(network())}, of_upgrade, upgrade_)
     return found

@@ -44,6 +44,19 @@ NEAREST = [
 NEAREST += ['test_fused', 'test_auxiliary', 'test_unpad', 'test_laws', 'test_invariance']
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Run a slow test too where it is asked for by its name."""
+    if config.option.markexpr == 'not slow' and any('::' in argument for argument in config.args):
+        config.option.markexpr = ''
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what was left out, and how it is run."""
+    left_out = [item for item in terminalreporter.stats.get('deselected', []) if item.get_closest_marker('slow')]
+    if left_out and config.option.markexpr == 'not slow':
+        terminalreporter.write_line(f'{len(left_out)} slow cases were left out: pytest -m "" runs them too')
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests of small things; the others keep their order."""
     place = {name: number for number, name in enumerate(NEAREST)}

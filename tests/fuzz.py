@@ -7,6 +7,7 @@ within 1e-9, or raises TypeError or ValueError naming an argument.
 """
 
 import random
+import re
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
 
 OURS = {'ar': AutoregressiveWrapper, 'xl': XLAutoregressiveWrapper, 'continuous': ContinuousAutoregressiveWrapper}
+NOT_EVERYWHERE = ('segment_ids', 'prepend_embeds', 'seq_start_pos', 'loss_mask', 'return_outputs')
 COUNTING = ('lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')
 
 
@@ -98,8 +100,7 @@ def try_one(seed: int) -> str:
 
 def judge(call: Call, seed: int) -> str:
     arguments, must_refuse = call.arguments, call.bad or dict.fromkeys(refused(call), ValueError)
-    if TypeError in must_refuse.values():  # which come first
-        must_refuse = {name: kind for name, kind in must_refuse.items() if kind is TypeError}
+    may_refuse = dict.fromkeys(NOT_EVERYWHERE, ValueError) if call.bad else {}  # which is named first is open
     if call.prefix is not None:
         arguments = {**arguments, 'mems': network(call.kind)(call.prefix, return_mems=True)[1]}
     torch.manual_seed(seed)
@@ -107,8 +108,8 @@ def judge(call: Call, seed: int) -> str:
         module = OURS[call.kind](network(call.kind), **call.options)
         result = module(**arguments)
     except (TypeError, ValueError) as error:
-        for name, kind in must_refuse.items():
-            if type(error) is kind and (str(error).startswith(f'{name} ') or (name in str(error) and not call.bad)):
+        for name, kind in (may_refuse | must_refuse).items():
+            if type(error) is kind and re.search(rf'\b{name}\b', str(error)):
                 return 'refused'
         raise
     assert not must_refuse, f'not refused: {must_refuse}'

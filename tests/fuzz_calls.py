@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 import wrong_things as wrong
+from batches import random_batch
 from torch import Tensor
 
 V, D, WIDTH, SEGMENT, DTYPE = 11, 3, 16, 3, torch.float64
-INTEGERS = wrong.KINDS['integer']
 WEIGHTINGS = ['token', 'sequence', 'square', 'padded', 'sequence_sum', 0.25]
 TELLING = ('lens', 'mask', 'seq_start_pos')
 OPTIONS = {
@@ -20,8 +20,8 @@ OPTIONS = {
 }
 NUMBERS = {
     'normalizer': wrong.NORMALIZER,
-    'rollout_steps': wrong.COUNT,
-    **dict.fromkeys(('return_breakdown', 'return_outputs', 'dropout_mems'), wrong.FLAG),
+    'rollout_steps': wrong.CHUNK_SIZE,
+    **dict.fromkeys(('return_breakdown', 'return_outputs', 'dropout_mems'), wrong.GIVEN_FLAG),
 }
 KIND_OF = {'mask': 'bool', 'loss_mask': 'bool', 'loss_weight': 'floating point', 'prepend_embeds': 'floating point'}
 
@@ -62,41 +62,31 @@ def random_arguments(draw: random.Random, kind: str) -> dict[str, Any]:
     """x and a random choice of everything that goes with it."""
     b, n = draw.choice([0, 1, 1, 2, 3]), draw.randint(1, 8)
 
-    def integer(t: Tensor) -> Tensor:
-        return t.to(draw.choice(INTEGERS))
+    def often(p: float) -> bool:
+        return draw.random() < p
 
-    call: dict[str, Any] = {'x': torch.randn(b, n, D, dtype=DTYPE)}
-    if kind != 'continuous':
-        x = torch.randint(0, V, (b, n))
-        call['x'] = x.masked_fill(torch.rand(b, n) < 0.2, -100) if draw.random() < 0.3 else integer(x)
-    if kind == 'continuous' and b and draw.random() < 0.25:
-        call['rollout_steps'] = draw.choice([1, 2, 3])
-    made = {
-        'lens': (0.3, lambda: integer(torch.randint(0, n + 1, (b,)))),
-        'mask': (0.3, lambda: random_mask(draw, b, n, right=call.get('rollout_steps', 1) > 1)),
-        'loss_mask': (0.3, lambda: torch.rand(b, n) < 0.7),
-        'loss_weight': (0.3, lambda: torch.randn((b, n) if draw.random() < 0.5 else (b,), dtype=DTYPE)),
-        'seq_start_pos': (0.3 if kind == 'ar' else 0.1, lambda: integer(torch.randint(0, n + 1, (b,)))),
-        'segment_ids': (
-            0.3 if kind == 'ar' else 0.02,
-            lambda: integer((torch.rand(b, n) < 0.4).cumsum(-1) * (torch.rand(b, n) < 0.9)),
-        ),
-        'normalizer': (0.3, lambda: draw.choice([1.5, 3, torch.tensor(0.0), torch.tensor(2, dtype=torch.uint16)])),
-        'return_breakdown': (0.3, lambda: True),
-        'return_outputs': (0.1 if kind == 'ar' else 0, lambda: True),
-        'prepend_embeds': (
-            0.15 if kind == 'ar' else 0.02,
-            lambda: torch.randn(b, draw.randint(0, 3), WIDTH, dtype=DTYPE),
-        ),
-        'dropout_mems': (0.2 if kind == 'xl' else 0, lambda: True),
+    rolls = kind == 'continuous' and b > 0 and often(0.25)
+    masks = ['right mask'] if rolls else ['right mask', 'left mask', 'mask']
+    chances = {
+        'ignore': 0.0 if kind == 'continuous' else 0.2,
+        'lens': 0.3,
+        draw.choice(masks): 0.3,
+        'loss_mask': 0.3,
+        draw.choice(['loss_weight', 'row_weight']): 0.3,
+        'seq_start_pos': 0.3 if kind == 'ar' else 0.1,
+        'segment_ids': 0.3 if kind == 'ar' else 0.02,
     }
-    return call | {name: make() for name, (often, make) in made.items() if draw.random() < often}
-
-
-def random_mask(draw: random.Random, b: int, n: int, *, right: bool) -> Tensor:
-    """(b, n) bool: padding on the right, on the left, or holes."""
-    real = torch.arange(n) < torch.randint(0, n + 1, (b, 1))
-    return real if right else draw.choice([real, real.flip(1), torch.rand(b, n) < 0.7])
+    using = {name for name, p in chances.items() if often(p)}
+    features = D if kind == 'continuous' else None
+    call = random_batch(draw.getrandbits(32), b, n, using, vocab=V, features=features, every_dtype=True)
+    if rolls:
+        call['rollout_steps'] = draw.choice([1, 2, 3])
+    if often(0.3):
+        call['normalizer'] = draw.choice([1.5, 3, torch.tensor(0.0), torch.tensor(2, dtype=torch.uint16)])
+    if often(0.15 if kind == 'ar' else 0.02):
+        call['prepend_embeds'] = torch.randn(b, draw.randint(0, 3), WIDTH, dtype=DTYPE)
+    given = {'return_breakdown': 0.3, 'return_outputs': 0.1 * (kind == 'ar'), 'dropout_mems': 0.2 * (kind == 'xl')}
+    return call | {name: True for name, p in given.items() if often(p)}
 
 
 def spoil(draw: random.Random, name: str, value: Any) -> tuple[Any, type[Exception]]:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
-from xtloss.packing.segments import check_segments, segment_arguments
-
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
@@ -54,6 +52,8 @@ def judged_arguments(
     net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False
 ) -> dict[str, Any]:
     """What the wrapper makes of segment ids: the network is judged, then told how to keep them apart."""
+    from xtloss.packing.segments import check_segments, segment_arguments
+
     check_segments(net, len(segment_ids), arguments, trust=trust, asks='segment_ids')
     return segment_arguments(net, segment_ids, arguments)
 
@@ -129,37 +129,6 @@ class HostCopies(TorchDispatchMode):
         """Look at every operation."""
         self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
         return func(*args, **(kwargs or {}))
-
-
-class Batch(dict[str, Any]):
-    """Keyword arguments of `AutoregressiveWrapper.forward`, drawn at random."""
-
-    def without(self, *names: str) -> dict[str, Any]:
-        """All arguments but these."""
-        return {k: v for k, v in self.items() if k not in names}
-
-
-def random_batch(seed: int, b: int, n: int, vocab: int, using: set[str], ignore_index: int = -100) -> Batch:
-    """Token ids (b, n) with the masks that `using` names: ignore, lens, mask, loss_mask, loss_weight, row_weight."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def flags(p: float) -> Tensor:
-        return torch.rand(b, n, generator=draw) < p
-
-    batch = Batch(x=torch.randint(0, vocab, (b, n), generator=draw))
-    if 'ignore' in using:
-        batch['x'] = batch['x'].masked_fill(flags(0.2), ignore_index)
-    if 'lens' in using:
-        batch['lens'] = torch.randint(0, n + 1, (b,), generator=draw)
-    if 'mask' in using:
-        batch['mask'] = flags(0.8)
-    if 'loss_mask' in using:
-        batch['loss_mask'] = flags(0.7)
-    if 'loss_weight' in using:
-        batch['loss_weight'] = torch.randn(b, n, generator=draw, dtype=torch.float64)
-    if 'row_weight' in using:
-        batch['loss_weight'] = torch.randn(b, generator=draw, dtype=torch.float64)
-    return batch
 
 
 def gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ Attention's follows nothing: it is one number for the batch.
 
 import pytest
 import torch
-from networks import WEIGHTINGS, assert_same_gradients, decoder, gradients, random_batch
+from batches import random_batch
+from networks import WEIGHTINGS, assert_same_gradients, decoder, gradients
 from oracle import auxiliary, differentiable, expected, looped_token_loss
 
 from xtloss import AutoregressiveWrapper
@@ -23,7 +24,7 @@ def test_looped(weighting: str | float, loops: int, prepended: int) -> None:
         'looped_loss_slope': slope,
         'looped_exit_loss_weight': coefficient,
     }
-    call = random_batch(5, 3, 7, 11, {'ignore', 'lens', 'loss_weight'})
+    call = random_batch(5, 3, 7, {'ignore', 'lens', 'loss_weight'})
     before = torch.randn(3, prepended, 16, dtype=torch.float64) if prepended else None
 
     wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, **exits)
@@ -49,7 +50,7 @@ def test_looped(weighting: str | float, loops: int, prepended: int) -> None:
 def test_next_embedding_loss(weighting: str | float, prepended: int) -> None:
     """With prepended embeddings upstream raises: here each target is compared with its own token's embedding."""
     net = decoder(add_continuous_pred_head=True, dtype=torch.float64)
-    call = random_batch(6, 3, 7, 11, {'ignore', 'lens', 'row_weight'})
+    call = random_batch(6, 3, 7, {'ignore', 'lens', 'row_weight'})
     before = torch.randn(3, prepended, 16, dtype=torch.float64) if prepended else None
 
     wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, next_embed_loss_weight=0.3)
@@ -77,7 +78,7 @@ def test_next_embedding_loss(weighting: str | float, prepended: int) -> None:
 def test_attention_z_loss(weighting: str | float, normalizer: float | None, counts: bool) -> None:
     """The square of logsumexp, as upstream; no weight and no Z touches it, also where nothing counts."""
     net = decoder(layers_depth=2, layers_attn_qk_norm=True, dtype=torch.float64)
-    call = random_batch(5, 3, 7, 11, {'ignore', 'lens', 'loss_mask', 'loss_weight'})
+    call = random_batch(5, 3, 7, {'ignore', 'lens', 'loss_mask', 'loss_weight'})
     call['loss_mask'] &= torch.tensor(counts)
     wrapper = AutoregressiveWrapper(net, add_attn_z_loss=True, loss_weighting=weighting)
     loss, parts = wrapper(**call, normalizer=normalizer, attn_z_loss_weight=0.01, return_breakdown=True)

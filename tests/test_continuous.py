@@ -1,15 +1,15 @@
 """ContinuousAutoregressiveWrapper: upstream's loss where that is right, the equation where it is wrong."""
 
-import copy
 from typing import Any
 
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import RULES, WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, frames, gradients, value_and_gradients
+from networks import WEIGHTINGS, assert_same_gradients, frames, gradients
 from networks import continuous_network as network
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
@@ -91,29 +91,18 @@ def test_generate_is_inherited() -> None:
     b=st.integers(1, 4),
     n=st.integers(1, 7),
     kind=st.sampled_from(sorted(KINDS)),
-    using=st.sets(st.sampled_from(['lens', 'mask', 'loss_mask', 'seq_start_pos', 'loss_weight', 'row_weight'])),
+    using=st.sets(st.sampled_from([*RULES[1:5], *WEIGHTS])),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )
 def test_the_equation(
     seed: int, b: int, n: int, kind: str, using: set[str], weighting: str | float, normalizer: float | None
 ) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(b, n, D, generator=draw, dtype=torch.float64)
-    out = torch.randn(b, max(n - 1, 1), D, generator=draw, dtype=torch.float64)
+    call = random_batch(seed, b, n, using, features=D)
+    counting, x = call.without('x', 'loss_weight'), call.pop('x')
+    out = random_batch(seed + 1, b, max(n - 1, 1), set(), features=D)['x']
     if kind == 'gaussian':
-        out = torch.stack((out, torch.rand(out.shape, generator=draw, dtype=torch.float64) + 0.1))
-    drawn = {
-        'lens': torch.randint(0, n + 1, (b,), generator=draw),
-        'mask': torch.rand(b, n, generator=draw) < 0.8,
-        'loss_mask': torch.rand(b, n, generator=draw) < 0.7,
-        'seq_start_pos': torch.randint(0, n, (b,), generator=draw),
-    }
-    call: dict[str, Any] = {name: value for name, value in drawn.items() if name in using}
-    counting = dict(call)
-    if {'loss_weight', 'row_weight'} & using:
-        shape = (b,) if 'row_weight' in using else (b, n)
-        call['loss_weight'] = torch.randn(shape, generator=draw, dtype=torch.float64)
+        out = torch.stack((out, out.sin().square() + 0.1))
 
     want = expected_frames(out, x, kind, weighting=weighting, normalizer=normalizer, **call)
     out.requires_grad_()
@@ -178,62 +167,6 @@ def test_equal_weights_average_over_features() -> None:
     assert theirs(x).item() == pytest.approx(want, rel=1e-5)
 
 
-def padded_left(x: Tensor) -> Tensor:
-    """Each row's real frames moved to its end."""
-    return torch.stack([row.roll(int(N - length), dims=0) for row, length in zip(x, LENS, strict=True)])
-
-
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_one_loss_however_it_is_batched(weighting: str | float, probabilistic: bool) -> None:
-    x, shares = frames(dtype=torch.float64), torch.rand(B, N, dtype=torch.float64)
-    flags = torch.rand(B, N) < 0.8
-    options = {'dtype': torch.float64, 'probabilistic': probabilistic} | EXACT
-    absolute, relative = network(**options), network(**options, use_abs_pos_emb=False, layers_rotary_pos_emb=True)
-    order = torch.tensor([2, 0, 1])
-
-    right = {'x': x, 'lens': LENS, 'loss_mask': flags, 'loss_weight': shares}
-    left = {'x': padded_left(x), 'loss_mask': padded_left(flags), 'loss_weight': padded_left(shares)}
-    layouts = [
-        (relative, [{k: v[order] for k, v in right.items()}]),
-        (relative, [{k: v[i : i + 1] for k, v in right.items()} for i in range(B)]),
-        (relative, [{k: v for k, v in right.items() if k != 'lens'} | {'mask': REAL}]),
-        (relative, [left | {'mask': padded_left(REAL)}]),
-        (absolute, [left | {'seq_start_pos': N - LENS}]),
-    ]
-    if weighting != 'padded':
-        more = {k: F.pad(v, (0, 0, 0, 4) if v.ndim == 3 else (0, 4)) for k, v in right.items() if k != 'lens'}
-        layouts.append((absolute, [more | {'lens': LENS}]))
-    for net, calls in layouts:
-        wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
-        (loss, grads), (want, want_grads) = value_and_gradients(wrapper, *calls), value_and_gradients(wrapper, right)
-        assert loss == pytest.approx(want, rel=1e-9)
-        # keys shifted alike cancel in attention, so what is left of an absolute embedding's gradient may be rounding
-        assert_same_gradients(grads, want_grads, 1e-9, floor=1e-3)
-
-
-@pytest.mark.parametrize('padding', ['lens', 'mask', 'left mask', 'seq_start_pos'])
-@pytest.mark.parametrize(
-    'options',
-    [{}, {'probabilistic': True}, {'layers_attn_flash': True}, {'num_memory_tokens': 2}],
-    ids=['plain', 'gaussian', 'flash', 'memory tokens'],
-)
-def test_nan_under_padding_reaches_nothing(options: dict[str, Any], padding: str) -> None:
-    x, real = frames(), REAL
-    call: dict[str, Any] = {'lens': LENS} if padding == 'lens' else {'mask': REAL}
-    if padding in ('left mask', 'seq_start_pos'):
-        x, real = padded_left(x), padded_left(REAL)
-        call = {'mask': real} if padding == 'left mask' else {'seq_start_pos': N - LENS}
-    call['loss_weight'] = torch.where(real, 0.5, NAN)
-    wrapper = ContinuousAutoregressiveWrapper(network(**options), equal_loss_weight_batch=True)
-    want = wrapper(x, **call)
-    want_grads = gradients(want, wrapper)
-    for junk in (NAN, torch.inf, 1e30):
-        got = wrapper(x.masked_fill(~real[..., None], junk), **call)
-        assert got.item() == want.item()
-        assert_same_gradients(gradients(got, wrapper), want_grads, 1e-6)
-
-
 def test_nan_outputs_where_nothing_counts() -> None:
     x, out = frames(), torch.randn(2, B, N - 1, D).exp()
     loss_mask = torch.rand(B, N) < 0.6
@@ -245,43 +178,6 @@ def test_nan_outputs_where_nothing_counts() -> None:
         assert loss.item() == pytest.approx(want.loss, rel=1e-5)
         (grad,) = torch.autograd.grad(loss, given_out)
         assert grad.isfinite().all()
-
-
-class Scaled(nn.Module):
-    """A loss with a parameter of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        return self.scale * (pred - target).square()
-
-
-def test_nan_frames_reach_no_gradient_of_the_loss_or_of_the_frames() -> None:
-    wrapper = ContinuousAutoregressiveWrapper(network(), Scaled())
-    x = frames().masked_fill(~REAL[..., None], NAN).requires_grad_()
-    loss = wrapper(x, lens=LENS)
-    scale, grad = torch.autograd.grad(loss, (wrapper.loss_fn.scale, x))
-    assert scale.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert grad[REAL].isfinite().all()
-    assert not grad[~REAL].any()
-
-
-@pytest.mark.parametrize('argument', ['mask', 'seq_start_pos', 'lens'])
-def test_a_key_mask_does_not_displace_the_mask(argument: str) -> None:
-    """The network drops `mask` when it is given `self_attn_kv_mask`, and never masks by `seq_start_pos`."""
-    x, real = padded_left(frames()), padded_left(REAL)
-    call: dict[str, Any] = {'mask': real} if argument == 'mask' else {'seq_start_pos': N - LENS}
-    if argument == 'lens':
-        x, real, call = frames(), REAL, {'lens': LENS}
-    net = network(num_memory_tokens=2, layers_depth=2)
-    net.project_in.register_forward_hook(lambda _, args, out: out.masked_fill(~real[:, :-1, None], junk))
-    wrapper = ContinuousAutoregressiveWrapper(net)
-    seen = []
-    for junk in (0.0, 3.0):  # noqa: B007, the hook reads it
-        seen.append(wrapper(x, self_attn_kv_mask=torch.ones(B, N - 1).bool(), **call).item())
-    assert seen[0] == pytest.approx(seen[1], rel=1e-6)
 
 
 def test_what_the_network_gets() -> None:
@@ -300,38 +196,6 @@ def test_what_the_network_gets() -> None:
     assert 'sum_embeds' not in mask
     wrapper(x[:, :1], lens=LENS)  # networks are not made to read nothing
     assert stub.seen[-1][0].shape == (B, 1, D)
-
-
-NOTHING: dict[str, dict[str, Any]] = {
-    'one frame': {'x': frames(n=1)},
-    'no rows': {'x': frames()[:0]},
-    'no length': {'x': frames(), 'lens': torch.zeros(B).long()},
-    'all masked': {'x': frames(), 'mask': torch.zeros(B, N).bool()},
-    'no loss': {'x': frames(), 'loss_mask': torch.zeros(B, N).bool(), 'loss_weight': torch.full((B, N), NAN)},
-    'late start': {'x': frames(), 'seq_start_pos': torch.full((B,), 7)},
-}
-
-
-@pytest.mark.parametrize('nothing', NOTHING)
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 'padded'])
-def test_nothing_counted(nothing: str, weighting: str) -> None:
-    wrapper = ContinuousAutoregressiveWrapper(network(probabilistic=True), loss_weighting=weighting)
-    usual = gradients(wrapper(frames()), wrapper).keys()
-    loss, parts = wrapper(**NOTHING[nothing], return_breakdown=True)
-    assert loss.item() == 0
-    assert not parts.token_loss.any()
-    loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for name, p in wrapper.named_parameters() if name in usual)
-    if weighting != 'padded':
-        assert wrapper.loss_normalizer(**NOTHING[nothing]).item() == 0
-
-
-def test_one_number_of_one_frame() -> None:
-    wrapper = ContinuousAutoregressiveWrapper(network(), nn.MSELoss())
-    loss = wrapper(frames(n=1))
-    loss.backward()
-    assert loss.item() == 0
-    assert not any(p.grad.any() for p in wrapper.parameters() if p.grad is not None)
 
 
 REDUCED = r'loss_fn must return \(3, 7, 5\) or \(3, 7\) where there are masks or weights, got \(\)'
@@ -361,16 +225,6 @@ def test_a_reduced_loss_has_no_weighting() -> None:
         ContinuousAutoregressiveWrapper(network(), nn.MSELoss(), loss_weighting='sequence_sum')(frames())
 
 
-def test_a_mask_of_the_inputs() -> None:
-    with pytest.raises(ValueError, match=r'^mask must have shape \(3, 8\) like x, got \(3, 7\): .*inputs.*$'):
-        ContinuousAutoregressiveWrapper(Unreachable())(frames(), mask=REAL[:, :-1])
-
-
-def test_the_flag_beside_another_weighting() -> None:
-    with pytest.raises(ValueError, match='equal_loss_weight_batch'):
-        ContinuousAutoregressiveWrapper(Unreachable(), equal_loss_weight_batch=True, loss_weighting='token')
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_losses_are_made_in_float32_or_wider(dtype: torch.dtype) -> None:
     x, out = frames(), torch.randn(2, B, N - 1, D).exp().to(dtype)
@@ -380,10 +234,3 @@ def test_losses_are_made_in_float32_or_wider(dtype: torch.dtype) -> None:
         assert {loss.dtype, *(part.dtype for part in parts)} == {torch.promote_types(dtype, torch.float32)}
         assert loss.item() == pytest.approx(expected_frames(answer, x.to(dtype), kind, lens=LENS).loss, rel=1e-5)
     assert ContinuousAutoregressiveWrapper(network().to(dtype)).loss_normalizer(x.to(dtype)).dtype == loss.dtype
-
-
-def test_nothing_handed_in_is_changed() -> None:
-    call = {'x': frames(), 'lens': LENS, 'mask': REAL, 'loss_mask': REAL, 'loss_weight': torch.rand(B, N)}
-    before = copy.deepcopy(call)
-    ContinuousAutoregressiveWrapper(network())(**call).backward()
-    assert all(torch.equal(value, before[name]) for name, value in call.items())

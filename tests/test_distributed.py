@@ -156,7 +156,7 @@ def run(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope='module', params=[2, 4])
+@pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory):
     """What each of 2, then 4, processes found."""
     folder = tmp_path_factory.mktemp('ranks')

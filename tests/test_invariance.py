@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from batches import random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import EXACT, NETWORKS, WEIGHTINGS, assert_same_gradients, decoder, value_and_gradients
@@ -24,14 +25,9 @@ class Sequence(NamedTuple):
 
 
 def draw_sequences(seed: int, count: int) -> list[Sequence]:
-    made = []
-    draw = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        length = int(torch.randint(1, 9, (), generator=draw))
-        ids = torch.randint(0, VOCAB, (length,), generator=draw)
-        weight = torch.randn(length, generator=draw, dtype=torch.float64)
-        made.append(Sequence(ids, torch.rand(length, generator=draw) < 0.7, weight))
-    return made
+    batch = random_batch(seed, count, 8, {'lens', 'loss_mask', 'loss_weight'}, vocab=VOCAB)
+    lengths = batch['lens'].clamp(1, 8).tolist()
+    return [Sequence(*(batch[name][row, :end] for name in Sequence._fields)) for row, end in enumerate(lengths)]
 
 
 def padded(sequences: list[Sequence], width: int, by: str, left: bool = False) -> dict[str, Tensor]:

@@ -44,8 +44,11 @@ def wrapper_of(kind: str, weighting: Any, fused: Any) -> nn.Module:
 
 def rows(call: Call, which: Any) -> Call:
     """The call with these rows only, in this order."""
-    wide = {name: value.double() for name, value in call.items()}  # old torches cannot index unsigned integers
-    return {name: value[which].to(call[name].dtype) for name, value in wide.items()}
+
+    def wide(t: Tensor) -> Tensor:  # old torches cannot index unsigned integers
+        return t if t.is_floating_point() else t.long()
+
+    return {name: wide(value)[which].to(value.dtype) for name, value in call.items()}
 
 
 def counted(call: Call) -> Tensor:

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -165,6 +166,9 @@ def test_forward_mode_and_batched_derivatives(kind: str) -> None:
         got = forward_ad.unpack_dual(functional_call(wrapper, dual, (), call)).tangent
     torch.testing.assert_close(got, sum((wanted[name] * tangents[name]).sum() for name in wanted), rtol=1e-9, atol=0)
 
+    params = dict(wrapper.named_parameters())
+    assert_same_gradients(torch.func.grad(lambda p: functional_call(wrapper, p, (), call))(params), wanted, 1e-9)
+
     loss, seeds = wrapper(**call), torch.tensor([1.0, -2.5], dtype=torch.float64)
     batched = torch.autograd.grad(loss, list(wrapper.parameters()), seeds, is_grads_batched=True)
     for row, seed in enumerate(seeds):
@@ -174,7 +178,7 @@ def test_forward_mode_and_batched_derivatives(kind: str) -> None:
 
 @kinds
 @either
-@pytest.mark.parametrize('of', ['a row', 'a token', 'a token, compiled'])
+@pytest.mark.parametrize('of', ['a row', 'a token', pytest.param('a token, compiled', marks=pytest.mark.slow)])
 def test_a_loss_weight_gets_its_gradient(kind: str, fused: bool | str, of: str) -> None:
     """ℓ · L^-p / Z of each target by its sequence alone, whatever the weights are; a row's is the sum of its own."""
     torch._dynamo.reset()
@@ -196,22 +200,23 @@ def test_a_loss_weight_gets_its_gradient(kind: str, fused: bool | str, of: str) 
 # where there are no values, or no luck
 
 
-@kinds
+@pytest.mark.parametrize('kind', [*KINDS, 'continuous, rolled out'])
 @either
 @pytest.mark.parametrize('where', ['meta', 'fake'])
 def test_without_values(kind: str, fused: bool | str, where: str) -> None:
     if 'entirely_masked.any()' in inspect.getsource(x_transformers.attend) and kind in ('packed', 'xl'):
         pytest.skip('this x-transformers reads its masks')
     absolute = {'layers_rotary_pos_emb': False, 'use_abs_pos_emb': True}  # x-transformers' rotary wants a real device
-    wrapper, call = ours(kind, fused=fused, **absolute), batch(kind)
+    wrapper, call = ours(kind.removesuffix(', rolled out'), fused=fused, **absolute), batch(kind.split(',')[0])
+    call = {**call, 'rollout_steps': 3} if 'rolled' in kind else call
     shapes = [tuple(part.shape) for part in wrapper(**call, return_breakdown=True)[1]]
     if where == 'meta':
-        wrapper, call = wrapper.to('meta'), {name: value.to('meta') for name, value in call.items()}
+        wrapper, call = wrapper.to('meta'), tree_map(lambda t: t.to('meta') if isinstance(t, Tensor) else t, call)
         loss, breakdown = wrapper(**call, return_breakdown=True)
         loss.backward()
     else:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            call = {name: mode.from_tensor(value) for name, value in call.items()}
+            call = tree_map(lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t, call)
             loss, breakdown = wrapper(**call, return_breakdown=True)
             loss.backward()
     assert loss.shape == ()

@@ -22,9 +22,9 @@ SHARDED = [kind for kind in KINDS if kind != 'xl' or TORCH >= (2, 7)]  # older: 
 POLICIES: dict[str, dict[str, Any]] = {'as it comes': {}, 'inputs stay': {'cast_forward_inputs': False}}
 
 
-@pytest.mark.parametrize('kind', ['xl', 'continuous'])
+@pytest.mark.parametrize('kind', ['plain', 'xl', 'continuous'])
 def test_compiled(kind: str) -> None:
-    """As users do, with whatever breaks x-transformers' own code makes; tests/test_fused_compiled.py has the others."""
+    """As users do, with whatever breaks x-transformers' own code makes."""
     torch._dynamo.reset()
     wrapper, call = ours(kind, torch.float32), batch(kind, torch.float32)
     got, want = torch.compile(wrapper, backend='aot_eager')(**call), wrapper(**call)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import x_transformers
-from networks import assert_same, assert_same_gradients, decoder, gradients, run
+from networks import assert_same, decoder, run
 from torch import Tensor, nn
 from x_transformers import TransformerWrapper
 
@@ -148,24 +148,6 @@ def test_outputs_and_keys(name: str) -> None:
     assert {k for k, v in vars(cache).items() if v is not None} == {
         k for k, v in vars(cache_theirs).items() if v is not None
     }
-
-
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
-@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}, NETWORKS['looped'], NETWORKS['mixture of softmax']])
-def test_token_ids_of_any_integer_dtype(dtype: torch.dtype, network: dict[str, Any], fused: str | bool) -> None:
-    net = decoder(**network)
-    theirs, ours = x_transformers.AutoregressiveWrapper(net), xtloss.AutoregressiveWrapper(net, fused=fused)
-    for lens in (None, LENS):
-        got, want = ours(X.to(dtype), lens=lens), theirs(X, lens=lens)
-        assert got.item() == pytest.approx(want.item(), rel=1e-4 if net.looped else 1e-5)
-        assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-4 if net.looped else 1e-5)
-
-
-def test_a_byte_that_wraps_around_to_ignore_index_counts() -> None:
-    net = decoder(num_tokens=256)
-    x = torch.tensor([[7, 156, 156, 30, 156]])  # as uint8, -100 is 156
-    got = xtloss.AutoregressiveWrapper(net)(x.to(torch.uint8))
-    assert got.item() == pytest.approx(x_transformers.AutoregressiveWrapper(net)(x).item(), rel=1e-5)
 
 
 def test_positional_arguments(fused: str | bool) -> None:

@@ -7,6 +7,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, gradients
@@ -89,7 +90,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     steps=st.integers(2, 4),
     options=st.sampled_from(sorted(NETWORKS)),
     kind=st.sampled_from(sorted(KINDS)),
-    using=st.sets(st.sampled_from(['lens', 'mask', 'loss_weight', 'row_weight'])),
+    using=st.sets(st.sampled_from(['lens', 'right mask', *WEIGHTS])),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )
@@ -104,18 +105,10 @@ def test_the_equation(
     weighting: str | float,
     normalizer: float | None,
 ) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(b, n, D, generator=draw, dtype=torch.float64).requires_grad_()
-    lens, real = (torch.randint(0, n + 2, (b,), generator=draw) for _ in range(2))
-    padding = {'lens': lens} if 'lens' in using else {}
-    padding |= {'mask': torch.arange(n) < real[:, None]} if 'mask' in using else {}
-    lengths = [
-        min([n] + [lens[row].item()] * ('lens' in using) + [real[row].item()] * ('mask' in using)) for row in range(b)
-    ]
-    loss_weight = None
-    if {'loss_weight', 'row_weight'} & using:
-        shape = (b,) if 'row_weight' in using else (b, n)
-        loss_weight = torch.randn(shape, generator=draw, dtype=torch.float64)
+    call = random_batch(seed, b, n, using, features=D)
+    x, loss_weight, padding = call.pop('x').requires_grad_(), call.get('loss_weight'), call.without('loss_weight')
+    real = torch.ones(b, n, dtype=torch.bool) & padding.get('mask', torch.tensor(True))
+    lengths = torch.minimum(real.sum(dim=1), padding.get('lens', torch.tensor(n))).tolist()
 
     net = network(dtype=torch.float64, probabilistic=kind == 'gaussian', **NETWORKS[options])
     torch.manual_seed(seed)
@@ -233,6 +226,21 @@ def test_one_loss_however_it_is_padded(weighting: str | float, probabilistic: bo
         assert_same_gradients(gradients(got, wrapper), want_grads, 1e-9, floor=1e-6)
 
 
+@pytest.mark.parametrize('shape', [(B,), (B, N)])
+def test_a_loss_weight_gets_its_gradient(shape: tuple[int, ...]) -> None:
+    """ℓ / Z of each frame predicted."""
+    weight = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    wrapper = ContinuousAutoregressiveWrapper(network(dtype=torch.float64))
+    loss, parts = seeded(wrapper, frames(), lens=LENS, loss_weight=weight, return_breakdown=True)
+    (grad,) = torch.autograd.grad(loss, weight)
+    torch.manual_seed(7)
+    starts, want = rolled_out(wrapper.net, frames(), LENS.tolist(), K).starts, torch.zeros(B, N, dtype=torch.float64)
+    for row, start in enumerate(starts):
+        if start:
+            want[row, start : start + K] = parts.token_loss[row] / parts.normalizer
+    torch.testing.assert_close(grad, want if len(shape) == 2 else want.sum(dim=1), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_micro_batches_add_up(weighting: str | float) -> None:
     """Rows of k + 1 frames start at one place, so nothing depends on the draw."""
@@ -308,37 +316,6 @@ def test_a_mask_of_padding_on_the_left_gives_nan(probabilistic: bool) -> None:
     assert not any(p.grad.any() for p in wrapper.parameters() if p.grad is not None)
 
 
-NOTHING: dict[str, dict[str, Any]] = {
-    'one frame': {'x': frames(n=1)},
-    'k frames': {'x': frames(n=K)},
-    'no rows': {'x': frames()[:0]},
-    'no rows, lens': {'x': frames()[:0], 'lens': LENS[:0], 'loss_weight': torch.ones(0, N)},
-    'no rows, mask': {'x': frames()[:0], 'mask': REAL[:0], 'loss_weight': torch.ones(0)},
-    'no rows, a normalizer of all ranks': {'x': frames()[:0], 'normalizer': torch.tensor(7.0)},
-    'no length': {'x': frames(), 'lens': torch.zeros(B).long()},
-    'short rows': {'x': frames() * NAN, 'lens': torch.full((B,), K), 'loss_weight': torch.full((B, N), NAN)},
-    'all masked': {'x': frames(), 'mask': torch.zeros(B, N).bool()},
-}
-
-
-@pytest.mark.parametrize('nothing', NOTHING)
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 'padded'])
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_nothing_counted(nothing: str, weighting: str, probabilistic: bool) -> None:
-    net = network(probabilistic=probabilistic, dtype=torch.float64)
-    wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
-    usual = gradients(wrapper(frames(), K), wrapper).keys()
-    call = {'rollout_steps': K} | NOTHING[nothing]
-    loss, parts = wrapper(**call, return_breakdown=True)
-    assert loss.item() == 0
-    assert parts.token_loss.shape == parts.weight.shape == (len(call['x']), K)
-    assert not parts.token_loss.any()
-    loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for name, p in wrapper.named_parameters() if name in usual)
-    z = wrapper.loss_normalizer(**{name: value for name, value in call.items() if name != 'loss_weight'})
-    assert z.item() == (len(call['x']) * K if weighting == 'padded' else 0)
-
-
 def test_more_steps_than_frames_or_positions() -> None:
     wrapper = ContinuousAutoregressiveWrapper(network())
     assert wrapper(frames(dtype=torch.float32), 1000).item() == 0
@@ -403,41 +380,7 @@ def test_other_features_than_those_it_reads(width: int) -> None:
         wrapper(frames(), K)
 
 
-def test_types_are_checked_first() -> None:
-    wrapper = ContinuousAutoregressiveWrapper(Unreachable())
-    with pytest.raises(TypeError, match=r'^loss_mask must be bool, got int64$'):
-        wrapper(frames(), 2, loss_mask=REAL.long())
-    with pytest.raises(ValueError, match=r'^mask must have shape \(4, 9\) like x, got \(4, 8\)'):
-        wrapper(frames(), 2, mask=REAL[:, :-1])
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_narrow_networks(dtype: torch.dtype, probabilistic: bool) -> None:
-    options = {'probabilistic': probabilistic}
-    narrow, wide = network(dtype=dtype, **options), network(**options)
-    want = seeded(ContinuousAutoregressiveWrapper(wide), frames(dtype=torch.float32), mask=REAL)
-    got = seeded(ContinuousAutoregressiveWrapper(narrow), frames(dtype=dtype), mask=REAL)
-    got.backward()
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(want.item(), rel=0.05)
-    assert all(p.grad.isfinite().all() for p in narrow.parameters() if p.grad is not None)
-    with torch.autocast('cpu', torch.bfloat16):
-        got = seeded(ContinuousAutoregressiveWrapper(wide), frames(dtype=torch.float32), mask=REAL)
-    assert got.item() == pytest.approx(want.item(), rel=0.05)
-
-
-def test_no_value_is_read() -> None:
-    """On the meta device there are none."""
-    with torch.device('meta'):
-        for loss_fn in (None, cosine):
-            wrapper = ContinuousAutoregressiveWrapper(network(dtype=torch.float32), loss_fn)
-            call = {'lens': torch.zeros(B).long(), 'mask': torch.zeros(B, N).bool(), 'loss_weight': torch.zeros(B, N)}
-            loss = wrapper(torch.zeros(B, N, D), K, **call)
-            loss.backward()
-            assert loss.shape == wrapper.loss_normalizer(torch.zeros(B, N, D), rollout_steps=K).shape == ()
-
-
+@pytest.mark.slow
 def test_compiled() -> None:
     wrapper = ContinuousAutoregressiveWrapper(Times())
     x = frames(dtype=torch.float32)

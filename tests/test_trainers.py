@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 lightning = pytest.importorskip('lightning', reason='needs the extra "trainers"')
 
 WORLDS = {1: [SHARES[2][0] + SHARES[2][1]], 2: SHARES[2]}  # of each process, the rows of its micro-batches
+worlds = pytest.mark.parametrize('world_size', [1, pytest.param(2, marks=pytest.mark.slow)])
 QUIET = dict.fromkeys(('logger', 'enable_checkpointing', 'enable_progress_bar', 'enable_model_summary'), False)
 
 
@@ -79,14 +80,14 @@ def assert_the_gradient_of_one_batch(folder: Path, world_size: int) -> None:
         assert_same_gradients(torch.load(folder / f'{rank}.pt'), gradients(wrapper), 1e-5)
 
 
-@pytest.mark.parametrize('world_size', WORLDS)
+@worlds
 def test_fabric_reduces_the_normalizer(tmp_path: Path, world_size: int) -> None:
     fabric = lightning.Fabric(**hardware(world_size))
     fabric.launch(step_of_fabric, str(tmp_path))
     assert_the_gradient_of_one_batch(tmp_path, world_size)
 
 
-@pytest.mark.parametrize('world_size', WORLDS)
+@worlds
 def test_a_module_accumulates_gradients(tmp_path: Path, world_size: int) -> None:
     trainer = lightning.Trainer(
         **hardware(world_size),

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from batches import RULES, WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import WEIGHTINGS, Stub, Unreachable, assert_same_gradients, decoder, gradients, random_batch
+from networks import WEIGHTINGS, Stub, Unreachable, assert_same_gradients, decoder, gradients
 from oracle import differentiable, expected
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, LossBreakdown
 
-MASKS = ('ignore', 'lens', 'mask', 'loss_mask', 'loss_weight', 'row_weight')
+MASKS = (*RULES[:4], *WEIGHTS)
 VOCAB = 5
 
 # two rows of three targets, the second with two masked: the shares of its four counted tokens
@@ -82,7 +83,8 @@ def test_the_flag_beside_another_weighting(other: str | float) -> None:
 def cases(draw: Callable[..., Any]) -> dict[str, Any]:
     """A batch of any small shape under any masks, and a weighting."""
     using = draw(st.sets(st.sampled_from(MASKS)))
-    batch = random_batch(draw(st.integers(0, 10**6)), draw(st.integers(1, 4)), draw(st.integers(1, 9)), VOCAB, using)
+    b, n = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    batch = random_batch(draw(st.integers(0, 10**6)), b, n, using, vocab=VOCAB)
     weighting = draw(st.one_of(st.sampled_from(WEIGHTINGS), st.floats(0, 1)))
     return {'batch': batch, 'weighting': weighting}
 
@@ -124,7 +126,7 @@ def test_the_oracle_agrees_through_a_network(
     net = decoder(num_tokens=VOCAB, dtype=dtype).to(device)
     wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, fused=fused)
     for seed, using in enumerate((set(), {'ignore', 'lens'}, {'mask', 'row_weight'}, {*MASKS} - {'row_weight'})):
-        batch = {k: v.to(device) for k, v in random_batch(seed, 3, 7, VOCAB, using).items()}
+        batch = {k: v.to(device) for k, v in random_batch(seed, 3, 7, using, vocab=VOCAB).items()}
         read = batch['x'].masked_fill(~batch.get('mask', torch.tensor(True)), 0)
         read = read.masked_fill(
             torch.arange(7, device=device) >= batch.get('lens', torch.full((3,), 7, device=device))[:, None], 0
@@ -144,7 +146,7 @@ def test_the_oracle_agrees_through_a_network(
 @pytest.mark.parametrize('fused', ['auto', False])
 def test_a_given_normalizer_replaces_z(weighting: str | float, fused: str | bool) -> None:
     wrapper = AutoregressiveWrapper(decoder(dtype=torch.float64), loss_weighting=weighting, fused=fused)
-    call = random_batch(1, 3, 8, 11, {'lens', 'loss_weight'})
+    call = random_batch(1, 3, 8, {'lens', 'loss_weight'})
     own, parts = wrapper(**call, return_breakdown=True)
     for given_z in (1.0, 7.5, torch.tensor(7.5), torch.tensor(7.5, dtype=torch.float64)):
         loss, replaced = wrapper(**call, normalizer=given_z, return_breakdown=True)
@@ -157,11 +159,37 @@ def test_a_given_normalizer_replaces_z(weighting: str | float, fused: str | bool
     assert not any(grad.any() for grad in gradients(nothing, wrapper).values())
 
 
+@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}, {'emb_dim': 8, 'num_memory_tokens': 2}])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+def test_fused_or_not_is_one_loss(network: dict[str, Any], weighting: str | float) -> None:
+    net = decoder(**network, dtype=torch.float64)
+    call = random_batch(7, 4, 9, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'})
+    call['prepend_embeds'] = torch.randn(4, 2, net.emb_dim, dtype=torch.float64)
+    made = [AutoregressiveWrapper(net, fused=fused, loss_weighting=weighting) for fused in (True, False)]
+    (fused, parts), (plain, plain_parts) = (wrapper(**call, return_breakdown=True) for wrapper in made)
+    assert fused.item() == pytest.approx(plain.item(), rel=1e-9)
+    for one, other in zip(parts, plain_parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert_same_gradients(gradients(fused, net), gradients(plain, net), 1e-9)
+
+
+SHOWN: list[tuple[dict[str, Any], str]] = [
+    ({'equal_loss_weight_batch': True}, 'sequence'),
+    ({'loss_weighting': 0.3}, '0.3'),
+    ({}, 'token'),
+]
+
+
+@pytest.mark.parametrize(('options', 'shown'), SHOWN)
+def test_the_weighting_is_shown(options: dict[str, Any], shown: str) -> None:
+    assert f'loss_weighting={shown}' in repr(AutoregressiveWrapper(decoder(), **options)).replace("'", '')
+
+
 @pytest.mark.parametrize('masks', [{'lens'}, {'mask', 'loss_mask'}, {'ignore'}])
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
 def test_loss_normalizer_is_the_breakdowns(weighting: str | float, masks: set[str]) -> None:
     wrapper = AutoregressiveWrapper(decoder(dtype=torch.float64), loss_weighting=weighting)
-    call = random_batch(2, 4, 9, 11, masks) | {'seq_start_pos': torch.tensor([0, 1, 3, 0])}
+    call = random_batch(2, 4, 9, masks) | {'seq_start_pos': torch.tensor([0, 1, 3, 0])}
     _, parts = wrapper(**call, return_breakdown=True)
     z = AutoregressiveWrapper(Unreachable(), loss_weighting=weighting).loss_normalizer(**call, context=torch.ones(1))
     assert z.item() == pytest.approx(parts.normalizer.item(), rel=1e-6)
@@ -202,7 +230,7 @@ def test_gradcheck_of_the_head(weighting: str | float, fused: bool) -> None:
     wrapper = AutoregressiveWrapper(
         decoder(num_tokens=4, dim=6, dtype=torch.float64), fused=fused, loss_weighting=weighting
     )
-    call = random_batch(3, 2, 4, 4, {'lens', 'loss_weight'}) | {'normalizer': torch.tensor(2.0)}
+    call = random_batch(3, 2, 4, {'lens', 'loss_weight'}, vocab=4) | {'normalizer': torch.tensor(2.0)}
 
     def loss(head: Tensor) -> Tensor:
         return torch.func.functional_call(wrapper, {'net.to_logits.weight': head}, kwargs=dict(call))
@@ -212,7 +240,7 @@ def test_gradcheck_of_the_head(weighting: str | float, fused: bool) -> None:
 
 @pytest.mark.parametrize('log_prob', [False, True])
 def test_gradcheck_of_the_logits(log_prob: bool) -> None:
-    call = random_batch(4, 3, 5, VOCAB, {'lens', 'loss_mask', 'row_weight'})
+    call = random_batch(4, 3, 5, {'lens', 'loss_mask', 'row_weight'}, vocab=VOCAB)
 
     def loss(logits: Tensor) -> Tensor:
         logits = logits.log_softmax(-1) if log_prob else logits

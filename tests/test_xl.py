@@ -1,6 +1,5 @@
 """XLAutoregressiveWrapper: one equation over the whole row, however it is cut into segments."""
 
-import copy
 import inspect
 from functools import partial
 from importlib.metadata import version
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import WEIGHTS, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import (
@@ -19,8 +19,6 @@ from networks import (
     assert_same_gradients,
     decoder,
     gradients,
-    random_batch,
-    value_and_gradients,
 )
 from oracle import differentiable, expected
 from torch import Tensor, nn
@@ -169,9 +167,8 @@ def test_recurrent_steps_need_test_time_training() -> None:
 def test_test_time_training_reads_logits() -> None:
     """So that head and loss cannot be one, though the network would allow it."""
     wrapper = made(XLAutoregressiveWrapper, network(), **TTT, fused=True)
-    for method in (wrapper, wrapper.loss_normalizer):
-        with pytest.raises(ValueError, match=r'^fused=True, but .*: test-time training reads logits$'):
-            method(ids())
+    with pytest.raises(ValueError, match=r'^fused=True, but .*: test-time training reads logits$'):
+        wrapper(ids())
     assert made(XLAutoregressiveWrapper, network(), fused=True)(ids()).isfinite()
 
 
@@ -196,7 +193,7 @@ def carried(net: nn.Module, x: Tensor, segment: int = S, *, forget: bool = False
     segment=st.integers(1, 6),
     memory=st.booleans(),
     log_prob=st.booleans(),
-    using=st.sets(st.sampled_from(['ignore', 'lens', 'loss_mask', 'loss_weight', 'row_weight'])),
+    using=st.sets(st.sampled_from(['ignore', 'lens', 'loss_mask', *WEIGHTS])),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )
@@ -213,7 +210,7 @@ def test_the_equation(
 ) -> None:
     """Segments change what the network sees, and nothing about the weights."""
     net = network(max_seq_len=segment, mixture_of_softmax=log_prob, dtype=torch.float64, **EXACT)
-    call = random_batch(seed, b, n, VOCAB, using)
+    call = random_batch(seed, b, n, using, vocab=VOCAB)
     read = call['x'].masked_fill(call['x'] == -100, 0)
     logits = carried(net, read, segment, forget=not memory)
     want = expected(logits, weighting=weighting, normalizer=normalizer, log_probs=log_prob, **call)
@@ -263,17 +260,6 @@ def test_an_ignored_token_can_be_read() -> None:
         Upstream(net)(x)
     want = expected(carried(net, x.masked_fill(x == -100, 3)), x)
     assert XLAutoregressiveWrapper(net, pad_value=3)(x).item() == pytest.approx(want.loss, rel=1e-5)
-
-
-@pytest.mark.parametrize('argument', ['lens', 'mask', 'ignored'])
-def test_ids_under_padding_may_be_anything(argument: str) -> None:
-    real = torch.arange(N) < torch.tensor([[14], [7], [3], [1]])
-    call = {'lens': {'lens': real.sum(dim=1)}, 'mask': {'mask': real}, 'ignored': {}}[argument]
-    wrapper = XLAutoregressiveWrapper(network(), ignore_index=-7, pad_value=4)
-    want = wrapper(ids().masked_fill(~real, -7))
-    for junk in (-7,) if argument == 'ignored' else (-1, 10**6, 7, -7):
-        got = wrapper(ids().masked_fill(~real, junk), **call)
-        assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize('longer', [False, True], ids=['', 'longer gradients'])
@@ -380,88 +366,6 @@ def test_fused_says_why_it_cannot_be(name: str) -> None:
     assert auto.item() == never.item()
 
 
-def test_log_probabilities_are_taken_as_they_are() -> None:
-    net = network()
-    net.output_is_log_prob = True
-    want = expected(carried(net, ids()), ids(), log_probs=True).loss
-    assert XLAutoregressiveWrapper(net)(ids()).item() == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-def test_one_loss_however_it_is_batched(weighting: str | float) -> None:
-    """Padding on the left must be whole segments: others would cut the row, and so its memories, elsewhere."""
-    lens = torch.tensor([14, 7, 3, 9])
-    net = network(dtype=torch.float64, layers_depth=2, **EXACT)
-    wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
-    right = {'x': ids(), 'loss_mask': torch.rand(B, N) < 0.8, 'loss_weight': torch.randn(B, N, dtype=torch.float64)}
-    real = {'lens': lens}
-
-    order = torch.tensor([2, 0, 3, 1])
-    layouts = [
-        [{k: v[order] for k, v in (right | real).items()}],
-        [{k: v[i : i + 1] for k, v in (right | real).items()} for i in range(B)],
-        [right | {'mask': torch.arange(N) < lens[:, None]}],
-    ]
-    if weighting != 'padded':
-        layouts += [
-            [{k: F.pad(v, (0, 9)) for k, v in right.items()} | real],
-            [
-                {k: F.pad(v, (2 * S, 0)) for k, v in right.items()}
-                | {'mask': F.pad(torch.arange(N) < lens[:, None], (2 * S, 0))}
-            ],
-        ]
-    want, want_grads = value_and_gradients(wrapper, right | real)
-    for calls in layouts:
-        loss, grads = value_and_gradients(wrapper, *calls)
-        assert loss == pytest.approx(want, rel=1e-9)
-        assert_same_gradients(grads, want_grads, 1e-9, floor=1e-6)
-
-
-NOTHING: dict[str, dict[str, Any]] = {
-    'one token': {'x': ids(n=1)},
-    'no rows': {'x': ids()[:0]},
-    'all ignored': {'x': torch.full((B, N), -100)},
-    'no length': {'x': ids(), 'lens': torch.zeros(B).long()},
-    'all masked': {'x': ids(), 'mask': torch.zeros(B, N).bool()},
-    'no loss': {'x': ids(), 'loss_mask': torch.zeros(B, N).bool(), 'loss_weight': torch.full((B, N), torch.nan)},
-}
-
-
-@pytest.mark.parametrize('nothing', NOTHING)
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 'padded'])
-def test_nothing_counted(nothing: str, weighting: str) -> None:
-    wrapper = XLAutoregressiveWrapper(network(), loss_weighting=weighting)
-    usual = gradients(wrapper(ids()), wrapper).keys()
-    loss, parts = wrapper(**NOTHING[nothing], return_breakdown=True)
-    assert loss.item() == 0
-    assert parts.token_loss.shape == NOTHING[nothing]['x'][:, 1:].shape
-    loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for name, p in wrapper.named_parameters() if name in usual)
-    if weighting != 'padded':
-        assert wrapper.loss_normalizer(**NOTHING[nothing]).item() == 0
-
-
-class NaNHead(nn.Linear):
-    """Gives NaN for one token, whatever it reads at others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).masked_fill(self.holes[:, : x.shape[1], None], torch.nan)
-
-
-def test_nan_logits_where_nothing_counts() -> None:
-    lens = torch.tensor([4, 1, 3, 2])
-    torch.manual_seed(2)
-    head = NaNHead(16, VOCAB)
-    head.holes = torch.arange(S) >= lens[:, None] - 1
-    wrapper = XLAutoregressiveWrapper(network(to_logits=head), equal_loss_weight_batch=True)
-    got = wrapper(ids(n=S + 1), lens=lens)
-    got_grads = gradients(got, wrapper)
-    head.holes = torch.zeros(B, S).bool()
-    want = wrapper(ids(n=S + 1), lens=lens)
-    assert got.item() == pytest.approx(want.item(), rel=1e-6)
-    assert_same_gradients(got_grads, gradients(want, wrapper), 1e-5)
-
-
 FLAGS, ROWS = torch.ones(B, N).bool(), torch.ones(B).long()
 
 
@@ -475,22 +379,8 @@ def test_a_mask_of_keys_beside_a_mask() -> None:
 def test_a_network_that_answers_for_more_than_it_read() -> None:
     net = network()
     net.register_forward_hook(lambda _, __, out: (out[0].repeat(1, 2, 1), out[1]))
-    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\), got \(4, 10, 11\)'):
+    with pytest.raises(ValueError, match=r'the network must return \(4, 5, vocab\).*, got \(4, 10, 11\)'):
         XLAutoregressiveWrapper(net)(ids())
-
-
-def test_nothing_handed_in_is_changed() -> None:
-    call = {'x': ids(), 'lens': ROWS * 9, 'mask': FLAGS, 'loss_mask': FLAGS, 'loss_weight': torch.rand(B, N)}
-    before = copy.deepcopy(call)
-    XLAutoregressiveWrapper(network())(**call).backward()
-    assert all(torch.equal(value, before[name]) for name, value in call.items())
-
-
-def test_ids_of_any_integer_dtype() -> None:
-    wrapper = XLAutoregressiveWrapper(network())
-    want = wrapper(ids())
-    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        assert wrapper(ids().to(dtype)).item() == want.item()
 
 
 def test_xtransformers_readme() -> None:

@@ -1,0 +1,254 @@
+"""What does not count reaches neither loss nor gradient: NaN and inf, ids under padding. What counts stays visible."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from batches import random_batch
+from modes import KINDS as MODES
+from modes import LENS, B, N, batch, ours
+from networks import (
+    ROTARY,
+    WEIGHTINGS,
+    Stub,
+    assert_same_gradients,
+    continuous_network,
+    decoder,
+    frames,
+    gradients,
+    value_and_gradients,
+)
+from oracle import differentiable, expected
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
+
+NAN = math.nan
+IDS = batch('plain')['x']
+I = torch.arange(N)
+RIGHT, LEFT = LENS[:, None] > I, N - LENS[:, None] <= I
+LOOPED = {'looped': True, 'layers_pre_and_post_norm': True}
+NETWORKS: dict[str, dict[str, Any]] = {
+    'plain': {},
+    'tied': {'tie_embedding': True},
+    'flash': {'layers_attn_flash': True},
+    'mixture of softmax': {'mixture_of_softmax': True},
+    'continuous head': {'add_continuous_pred_head': True},
+    'looped': LOOPED,
+}
+
+
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('bad', [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize('log_prob', [False, True])
+def test_bad_logits_and_weights(weighting: str | float, bad: float, log_prob: bool) -> None:
+    call = random_batch(1, 4, 8, {'ignore', 'lens', 'mask', 'loss_mask', 'loss_weight'}, vocab=5)
+    logits = torch.randn(4, 8, 5, dtype=torch.float64).log_softmax(-1)
+    counted = torch.tensor(expected(logits, **call).counted)
+    unused = ~pad(counted, (0, 1))  # where a position predicts nothing that counts
+    logits = logits.masked_fill(unused[..., None], bad).requires_grad_()
+    call['loss_weight'][~pad(counted, (1, 0))] = bad
+    want = expected(logits.detach(), weighting=weighting, log_probs=log_prob, **call)
+
+    wrapper = AutoregressiveWrapper(Stub(logits, output_is_log_prob=log_prob), loss_weighting=weighting)
+    loss, parts = wrapper(**call, return_breakdown=True)
+    assert loss.item() == pytest.approx(want.loss, rel=1e-9)
+    assert all(t.isfinite().all() for t in parts)
+    (grad,) = torch.autograd.grad(loss, logits)
+    (grad_want,) = torch.autograd.grad(differentiable(logits, call['x'], want, log_probs=log_prob), logits)
+    assert not grad[unused].any()
+    torch.testing.assert_close(grad, grad_want, rtol=1e-9, atol=1e-12)
+
+
+class Holes(nn.Module):
+    """Puts a number at some positions of what a module gives."""
+
+    def __init__(self, holes: Tensor, value: float) -> None:
+        super().__init__()
+        self.holes, self.value = holes, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(self.holes[..., None], self.value)
+
+
+@pytest.mark.parametrize('network', ['plain', 'continuous head', 'looped', 'xl'])
+@pytest.mark.parametrize('bad', [NAN, math.inf])
+def test_a_head_that_gives_nan(network: str, bad: float) -> None:
+    holes = LENS[:, None] - 1 <= I
+    ours = XLAutoregressiveWrapper if network == 'xl' else AutoregressiveWrapper
+    options = {'max_mem_len': N} if network == 'xl' else NETWORKS[network]
+    found = []
+    for value in (None, bad):
+        torch.manual_seed(2)
+        head = nn.Linear(16, 11)
+        net = decoder(**options, to_logits=head)
+        wrapper = ours(net, equal_loss_weight_batch=True)
+        parameters = dict(wrapper.named_parameters())
+        if value is not None:
+            here = Holes(holes[:, : -1 if network == 'xl' else None], value)  # XL's network reads one token less
+            net.to_logits = nn.Sequential(head, here)
+            if net.add_continuous_pred_head:
+                net.to_next_embed_pred.append(here)
+            if net.looped:
+                net.exit_gate = nn.Sequential(net.exit_gate, here)
+        loss = wrapper(IDS, lens=LENS)
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        found.append((loss.item(), {k: g for k, g in zip(parameters, grads, strict=True) if g is not None}))
+    (clean_loss, clean), (loss, grads) = found
+    assert loss == pytest.approx(clean_loss, rel=1e-5)
+    assert_same_gradients(grads, clean, 1e-4 if network == 'looped' else 1e-5)
+
+
+def test_nan_embeddings_do_not_reach_a_fused_head() -> None:
+    net = decoder()
+    wrapper = AutoregressiveWrapper(net, fused=True)
+    clean, clean_grads = value_and_gradients(wrapper, {'x': IDS, 'lens': LENS})
+    holes = Holes(LENS[:, None] - 1 <= I, NAN)
+    net.attn_layers.register_forward_hook(lambda _, __, out: (holes(out[0]), out[1]))
+    loss, grads = value_and_gradients(wrapper, {'x': IDS, 'lens': LENS})
+    assert loss == pytest.approx(clean, rel=1e-6)
+    assert_same_gradients(grads, clean_grads, 1e-6)
+
+
+@pytest.mark.parametrize('by', ['lens', 'mask', 'left mask', 'seq_start_pos', 'seq_start_pos, prepended'])
+@pytest.mark.parametrize('network', [*NETWORKS, 'xl'])
+def test_ids_under_padding_may_be_anything(network: str, by: str, fused: str | bool) -> None:
+    real = RIGHT if by in ('lens', 'mask') else LEFT
+    call: dict[str, Any] = {'mask': real} if 'mask' in by else {'lens': LENS} if by == 'lens' else {}
+    if 'seq_start_pos' in by:
+        p = 2 * ('prepended' in by)
+        call = {'seq_start_pos': (N - LENS + p).to(torch.uint8), 'prepend_embeds': torch.randn(B, p, 16)}
+    if network == 'xl':
+        if 'start' in by:
+            return  # refused
+        net, ours = decoder(max_seq_len=4, max_mem_len=4, layers_rotary_pos_emb=True), XLAutoregressiveWrapper
+    else:
+        net, ours = decoder(**NETWORKS[network]), AutoregressiveWrapper
+    wrapper = ours(net, fused=fused, pad_value=4)
+    want = wrapper(IDS.masked_fill(~real, 4), **call)
+    for junk in (-1, 10**6, 7, -100):
+        assert wrapper(IDS.masked_fill(~real, junk), **call).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+# frames
+
+
+@pytest.mark.parametrize('padding', ['lens', 'mask', 'left mask', 'seq_start_pos'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, {'probabilistic': True}, {'layers_attn_flash': True}, {'num_memory_tokens': 2}],
+    ids=['plain', 'gaussian', 'flash', 'memory tokens'],
+)
+def test_nan_frames_under_padding(options: dict[str, Any], padding: str) -> None:
+    x, real = frames(B, N), RIGHT if padding in ('lens', 'mask') else LEFT
+    told: dict[str, Any] = {'lens': {'lens': LENS}, 'seq_start_pos': {'seq_start_pos': N - LENS}}
+    call = told.get(padding, {'mask': real}) | {'loss_weight': torch.where(real, 0.5, NAN)}
+    wrapper = ContinuousAutoregressiveWrapper(continuous_network(**options), equal_loss_weight_batch=True)
+    want, want_grads = value_and_gradients(wrapper, {'x': x, **call})
+    for junk in (NAN, torch.inf, 1e30):
+        y = x.masked_fill(~real[..., None], junk).requires_grad_()
+        got, grads = value_and_gradients(wrapper, {'x': y, **call})
+        assert got == want
+        assert_same_gradients(grads, want_grads, 1e-6)
+    (grad,) = torch.autograd.grad(wrapper(y, **call), y)
+    assert grad[real].isfinite().all()
+    assert not grad[~real].any()
+
+
+class Scaled(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (pred - target).square()
+
+
+def test_nan_frames_reach_no_gradient_of_a_loss_that_learns() -> None:
+    wrapper = ContinuousAutoregressiveWrapper(continuous_network(), Scaled())
+    loss = wrapper(frames(B, N).masked_fill(~RIGHT[..., None], NAN), lens=LENS)
+    (scale,) = torch.autograd.grad(loss, wrapper.loss_fn.scale)
+    assert scale.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+# what is handed in, and normalizers
+
+
+@pytest.mark.parametrize('kind', MODES)
+def test_nothing_handed_in_is_changed(kind: str) -> None:
+    call = batch(kind) | {'mask': RIGHT, 'loss_mask': RIGHT, 'loss_weight': torch.rand(B, N, dtype=torch.float64)}
+    call |= {'normalizer': torch.tensor(3.0)} | ({'seq_start_pos': torch.zeros(B).long()} if kind == 'plain' else {})
+    before = copy.deepcopy(call)
+    wrapper = ours(kind)
+    wrapper(**call).backward()
+    wrapper.loss_normalizer(**call)
+    assert all(torch.equal(value, before[name]) for name, value in call.items())
+
+
+BROKEN = {
+    'overflow in half': torch.tensor(70000.0).half(),
+    'nan': torch.tensor(NAN),
+    'negative': torch.tensor(-1.0),
+    'negative infinity': torch.tensor(-torch.inf),
+    'only float64 tells it from 0': torch.tensor(-1e-60, dtype=torch.float64),
+}
+KINDS = [*MODES, 'not fused', 'rollout']
+
+
+def of_kind(kind: str) -> tuple[Any, dict[str, Any]]:
+    if kind == 'rollout':
+        return ours('continuous'), batch('continuous') | {'rollout_steps': 3}
+    return (ours('plain', fused=False), batch('plain')) if kind == 'not fused' else (ours(kind), batch(kind))
+
+
+@pytest.mark.parametrize('broken', BROKEN)
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
+    """Also where nothing counts; 0 gives 0, though attached."""
+    model, call = of_kind(kind)
+    nothing = {'lens': 0 * LENS} if 'lens' in call else {'segment_ids': 0 * call['segment_ids']}
+    for beside in ({}, nothing):
+        loss = model(**call | beside, normalizer=BROKEN[broken])
+        assert loss.isnan()
+        loss.backward()
+    assert any(p.grad.isnan().any() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    loss = model(**call, normalizer=torch.tensor(0.0))
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_normalizer_is_a_divisor_and_gets_no_gradient(kind: str) -> None:
+    model, call = of_kind(kind)
+    torch.manual_seed(0)
+    want = model(**call, normalizer=1.0)
+    for z in (torch.tensor(1e-60, dtype=torch.float64), torch.tensor(2.5, requires_grad=True)):
+        torch.manual_seed(0)
+        loss, parts = model(**call, normalizer=z, return_breakdown=True)
+        torch.testing.assert_close(loss, (want / z.double()).to(loss.dtype), rtol=1e-6, atol=0)
+        loss.backward()
+        assert z.grad is None
+        assert not any(t.requires_grad for t in parts)
+    if kind not in ('rollout', 'continuous'):  # float32 has little more than this
+        narrow = ours('xl' if kind == 'xl' else 'plain', torch.float32)(IDS, normalizer=z.detach() * 1e-37)
+        assert narrow.item() > 1e36
+
+
+def test_what_is_broken_where_it_counts_is_seen(fused: str | bool) -> None:
+    """As in F.cross_entropy."""
+    for bad, seen in ((NAN, NAN), (math.inf, NAN), (-math.inf, math.inf)):
+        logits = torch.zeros(B, N, 11)
+        logits[0, 2, IDS[0, 3]] = bad
+        loss = AutoregressiveWrapper(Stub(logits), fused=False if fused is False else 'auto')(IDS, lens=LENS)
+        assert loss.isnan() if math.isnan(seen) else loss.item() == seen
+    net = decoder(**ROTARY)
+    net.token_emb.emb.weight.data[IDS[0, 2]] = NAN
+    assert AutoregressiveWrapper(net, fused=fused)(IDS, lens=LENS).isnan()
+    assert len(gradients(AutoregressiveWrapper(net, fused=fused)(IDS), net)) > 5
