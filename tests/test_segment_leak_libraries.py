@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from sharding import fsdp2
-from test_around import LoRA, blocks, linears, loss, network
+from test_segment_leak import LoRA, blocks, linears, loss, network
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from x_transformers.x_transformers import Attention, FeedForward
+
+from xtloss import segment_leak
 
 
 @pytest.mark.parametrize('targets', [['to_q', 'to_v'], ['to_q', 'to_logits', 'emb']])
@@ -41,7 +43,7 @@ def test_dynamic_quantization() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         net = quantization.quantize_dynamic(network().eval(), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(ValueError, match=r'segment_ids: .* Linear is not known'):
+    with pytest.raises(ValueError, match='move each other'):
         loss(net)
 
 
@@ -80,15 +82,20 @@ def sharded(rank: int, world: int, store: str) -> None:
         for adapt in (lambda net: None, linears(LoRA)):
             net = network()
             adapt(net)
+            segment_leak(net)
             net = shard(net).eval()
             for _ in range(2):
                 found = loss(net)
                 assert found.item() == pytest.approx(want, rel=1e-5), (shard, adapt)
                 found.backward()
-            mixing = network()
-            linears(Rolled)(mixing)
-            with pytest.raises(ValueError, match=r'segment_ids: .*Rolled is not known'):
-                loss(shard(mixing))
+            assert segment_leak(net) < 1e-5
+        with pytest.raises(ValueError, match='segment_leak before they are'):
+            loss(shard(network()))
+        mixing = network()
+        linears(Rolled)(mixing)
+        segment_leak(mixing)
+        with pytest.raises(ValueError, match='move each other'):
+            loss(shard(mixing))
     torch.distributed.destroy_process_group()
 
 
@@ -101,5 +108,5 @@ class Rolled(LoRA):
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_sharded_networks(world: int, tmp_path: Path) -> None:
-    """The loss of the bare network; what mixes is refused, though its weights are cut."""
+    """The loss of the bare network, which was measured before; what was not, or mixes, is refused."""
     torch.multiprocessing.spawn(sharded, (world, str(tmp_path / 'store')), nprocs=world)
