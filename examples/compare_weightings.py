@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import train_enwik8
 import tyro

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 from command_line import UsageError, judge, one_line_errors, writable_folder

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 import x_transformers

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 from command_line import UsageError, judge, one_line_errors, writable_folder

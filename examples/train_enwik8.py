@@ -19,7 +19,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,16 +28,19 @@ from typing import Any, NamedTuple
 # read when torch is imported: threads that wait for one another sleep, where they would spin and hold up a busy machine
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from command_line import one_line_errors, open_log, writable_folder
+from command_line import one_line_errors, open_log, say, writable_folder
 from enwik8.checkpoints import CONFIG, Progress, begin, register, save
 from enwik8.config import Config, check_tracker, of_run, resolve, run_name
 from enwik8.config_file import load_config
 from enwik8.model import build_model
 from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, last_report, report, table
+from enwik8.sampling import check_finite, generate, sample
+from enwik8.sequences import Split, draw, split_text, to_batch
 from enwik8.signals import Stopped, noticed_signals
 from enwik8.text import find_text, read_text
 from torch import Tensor
@@ -47,12 +49,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')  # x-transformers calls it when imported
-    from enwik8.sampling import check_finite, generate, sample
-    from enwik8.sequences import Split, draw, split_text, to_batch
-
-    from xtloss import global_normalizer
+from xtloss import global_normalizer
 
 Batch = dict[str, Tensor]  # what the wrapper's forward takes
 
@@ -73,7 +70,7 @@ class Training(NamedTuple):
     def say(self, line: str) -> None:
         """Print a line above the bars."""
         if not self.quiet:
-            tqdm.write(line)
+            say(line)
 
 
 def prepare(config: Config, accelerator: Accelerator, quiet: bool) -> Training:

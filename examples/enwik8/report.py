@@ -17,14 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is a script, its own folder alone is searched
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
-from matplotlib.figure import Figure
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is a script, its own folder alone is searched
 from command_line import UsageError, one_line_errors, writable_folder
+from matplotlib.figure import Figure
 from palette import CYCLE, label
+from torch import Tensor, nn
 
 EDGES = (2, 8, 32, 128, 512, 2048, 8192)  # bytes; a bucket holds the lengths from one edge up to the next
 METRICS, PICTURE = 'metrics.jsonl', 'loss_by_length.png'  # files of a run
@@ -179,7 +179,7 @@ def labels(reports: dict[Path, LastReport]) -> list[str]:
     return [f'{path}, step {step:,}' if differ else path for path, step in zip(paths, steps, strict=True)]
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path(PICTURE)) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path('runs', PICTURE)) -> None:
     """Compare runs of train_enwik8.py.
 
     Args:
