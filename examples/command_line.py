@@ -30,7 +30,7 @@ warnings.filterwarnings('ignore', '`torch.jit.script` is ')  # x-transformers ca
 
 LONGEST_NAME = 200  # bytes; most file systems take 255
 TOO_LARGE = 2**63  # for a seed, and for any tensor
-MAY_BE_ZERO = ('seed', 'seeds', 'noise', 'warmup_steps', 'uncounted', 'seconds')
+MAY_BE_ZERO = ('seed', 'seeds', 'tuning_seeds', 'noise', 'warmup_steps', 'uncounted', 'seconds')
 ANY_NUMBER = ('loss_weighting',)  # the wrapper judges it
 
 

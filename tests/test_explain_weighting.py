@@ -111,19 +111,38 @@ def test_the_spread_in_a_sentence(lens, says):
 
 
 @pytest.mark.parametrize(
-    ('share', 'text'),
+    ('share', 'percent', 'millionths'),
     [
-        (0.25, '25%'),
-        (2.0, '200%'),
-        (106.04, '10,604%'),
-        (0.001, '0.1%'),
-        (1 / 1234, '1/1.23k'),
-        (1e-6, '1/1M'),
-        (1e-12, '1/1e+03G'),
+        (0.25, '25%', '250,000'),
+        (2.0, '200%', '2,000,000'),
+        (106.04, '10,604%', '106,040,000'),
+        (0.001, '0.1%', '1,000'),
+        (1 / 1234, '0.081%', '810'),
+        (1e-6, '0.0001%', '1'),
+        (1.234e-8, '1.23e-06%', '0.0123'),
     ],
 )
-def test_small_shares_are_readable(share, text):
-    assert explain_weighting.readable(share) == text
+def test_small_shares_are_readable(share, percent, millionths):
+    assert explain_weighting.readable(share) == percent
+    assert explain_weighting.readable(share, unit='') == millionths
+
+
+def test_a_table_has_one_unit(capsys):
+    """Percents beside 1/2.86k could not be compared."""
+    for lens, unit in (([3, 1], 'percent'), ([1, *[3000] * 100], 'millionths')):
+        data = explain_weighting.Data(torch.tensor(lens), row=max(lens), empty=0)
+        made = explain_weighting.tables(data)[1]
+        Console(width=100).print(made)
+        assert f'in {unit} of the loss' in made.title
+        cells = [word for line in capsys.readouterr().out.splitlines()[4:] for word in line.split()[2:]]
+        assert cells
+        assert all(cell.endswith('%') == (unit == 'percent') and '/' not in cell for cell in cells)
+
+
+def test_what_does_not_sum_to_100_percent_is_said(capsys):
+    explain_weighting.main(['--lens', '300', '300', '100', '500'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'Their shares sum to 60% and 30,000%, as their losses are 0.6 and 300 times' in out
 
 
 @pytest.mark.parametrize(
