@@ -182,17 +182,16 @@ def table(title: str, data: Data, groups: list[Group], share: Callable[[Tensor, 
         made.add_column(column, justify='right', no_wrap=True)
     of_tokens = [share_of_a_token(data, weighting) for weighting in POWERS]
     found = [[share(each[members], data.targets[members]) for each in of_tokens] for _, members in groups]
-    unit = '%' if max(of_group[0] for of_group in found) >= SMALL else ''  # 'token' is the first weighting
-    made.title = f'{title}, in {"percent" if unit else "millionths"} of the loss'
+    parts = 100 if max(of_group[0] for of_group in found) >= SMALL else 1_000_000  # 'token' is the first weighting
+    made.title = f'{title}, in {"percent" if parts == 100 else "millionths"} of the loss'
     for (name, members), shares in zip(groups, found, strict=True):
-        made.add_row(name, f'{int(members.sum()):,}', *(readable(share, unit) for share in shares))
+        made.add_row(name, f'{int(members.sum()):,}', *(readable(parts * share) for share in shares))
     return made
 
 
-def readable(share: float, unit: str = '%') -> str:
-    """Return a share with three digits, in percent or in millionths."""
-    number = share * (100 if unit else 1e6)
-    return f'{number:.3g}{unit}' if number < 999.5 else f'{number:,.0f}{unit}'
+def readable(number: float) -> str:
+    """Return a number with three digits, or with all before the point."""
+    return f'{number:.3g}' if number < 999.5 else f'{number:,.0f}'
 
 
 def tables(data: Data) -> list[Table]:
@@ -213,8 +212,9 @@ def scales(data: Data) -> str:
     padded, summed = total['padded'], total['sequence_sum']
     return (
         "'padded' and 'sequence_sum' weigh all tokens alike, as 'token' does. Their shares sum to "
-        f'{readable(padded)} and {readable(summed)}, as their losses are {padded:.3g} and {summed:,.3g} times that of '
-        "'token': 'padded' divides by the padding too, 'sequence_sum' by the number of sequences."
+        f'{readable(100 * padded)}% and {readable(100 * summed)}%, as their losses are {readable(padded)} and '
+        f"{readable(summed)} times that of 'token': 'padded' divides by the padding too, 'sequence_sum' by the number "
+        'of sequences.'
     )
 
 
@@ -230,7 +230,7 @@ def draw(data: Data, path: Path) -> None:
         heights = [loss[group.members].sum().item() for group in groups]
         where = [group + width * (index - 1) for group in range(len(groups))]
         bars = axes.bar(where, heights, width, label=name, color=WEIGHTINGS[weighting])
-        axes.bar_label(bars, list(map(readable, heights)), fontsize=8, padding=2)
+        axes.bar_label(bars, [f'{readable(100 * height)}%' for height in heights], fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), [f'{name}\n× {int(members.sum()):,}' for name, members in groups])
     axes.set_xlabel('targets of a sequence\n× sequences')
     axes.set_ylabel('part of the whole loss')
