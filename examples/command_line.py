@@ -1,15 +1,18 @@
 """What the command lines of the examples have in common: options are judged first, and what is wrong is one line.
 
-They exit with 2 where something is wrong, and with 130 where Ctrl-C stopped them.
+They exit with 2 where something is wrong, and with 130 where Ctrl-C stopped them. Each script imports this module
+before any package, because it says which packages are missing, and keeps other packages' warnings from the screen.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,9 +21,16 @@ try:
 except ImportError:  # Windows: two runs of one name are not told apart
     fcntl = None  # type: ignore[assignment]
 
+PACKAGES = ('torch', 'x_transformers', 'xtloss', 'accelerate', 'matplotlib', 'rich', 'tqdm', 'tyro')
+if missing := [package for package in PACKAGES if find_spec(package) is None]:
+    script, advice = Path(sys.argv[0]).name, 'pip install -e ".[examples]" brings what the examples need'
+    print(f'{script}: not installed: {", ".join(missing)}; {advice}', file=sys.stderr)
+    raise SystemExit(2)
+warnings.filterwarnings('ignore', '`torch.jit.script` is ')  # x-transformers calls it when imported
+
 LONGEST_NAME = 200  # bytes; most file systems take 255
 TOO_LARGE = 2**63  # for a seed, and for any tensor
-MAY_BE_ZERO = ('seed', 'seeds', 'noise', 'warmup_steps', 'uncounted', 'seconds')
+MAY_BE_ZERO = ('seed', 'seeds', 'tuning_seeds', 'noise', 'warmup_steps', 'uncounted', 'seconds')
 ANY_NUMBER = ('loss_weighting',)  # the wrapper judges it
 
 
@@ -43,6 +53,14 @@ def one_line_errors(script: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f'\n{script}: interrupted', file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def say(line: str) -> None:
+    """Print a line above the bars, at once: a file that the output goes to has it too."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def flag(field: str) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 from command_line import UsageError, judge, one_line_errors, writable_folder
@@ -35,6 +36,7 @@ from torch import Tensor
 POWERS = {'token': 0.0, 'square': 0.5, 'sequence': 1.0, 'padded': 0.0, 'sequence_sum': 0.0}  # p
 FACTOR = 4  # a range of lengths ends at so many times its first
 FEW = 12  # so many sequences, or different lengths, are listed one by one
+SMALL = 0.001  # a table whose shares under 'token' are all below this counts in millionths, not in percent
 SAME, SIMILAR = 1.5, 4.0  # factors between lengths: up to there the choice hardly matters, matters little
 
 
@@ -175,25 +177,21 @@ def table(title: str, data: Data, groups: list[Group], share: Callable[[Tensor, 
 
     `share` makes a number of the members' shares of a token and of their targets, (members,) each.
     """
-    made = Table(title=title, title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, collapse_padding=True)
+    made = Table(title_justify='left', title_style='bold', box=box.SIMPLE_HEAD, collapse_padding=True)
     for column in ('targets', 'sequences', *POWERS):
         made.add_column(column, justify='right', no_wrap=True)
-    for name, members in groups:
-        shares = [share(share_of_a_token(data, w)[members], data.targets[members]) for w in POWERS]
-        made.add_row(name, f'{int(members.sum()):,}', *map(readable, shares))
+    of_tokens = [share_of_a_token(data, weighting) for weighting in POWERS]
+    found = [[share(each[members], data.targets[members]) for each in of_tokens] for _, members in groups]
+    parts = 100 if max(of_group[0] for of_group in found) >= SMALL else 1_000_000  # 'token' is the first weighting
+    made.title = f'{title}, in {"percent" if parts == 100 else "millionths"} of the loss'
+    for (name, members), shares in zip(groups, found, strict=True):
+        made.add_row(name, f'{int(members.sum()):,}', *(readable(parts * share) for share in shares))
     return made
 
 
-def readable(share: float) -> str:
-    """Return a share with three digits: 12.5%, or 1/39.2k, M or G, where it is small."""
-    if share >= 0.001:
-        return f'{100 * share:.3g}%' if share < 9.995 else f'{100 * share:,.0f}%'
-    parts, unit = 1 / share, ''
-    for unit in ('', 'k', 'M', 'G'):
-        if parts < 999.5 or unit == 'G':
-            break
-        parts /= 1000
-    return f'1/{parts:.3g}{unit}'
+def readable(number: float) -> str:
+    """Return a number with three digits, or with all before the point."""
+    return f'{number:.3g}' if number < 999.5 else f'{number:,.0f}'
 
 
 def tables(data: Data) -> list[Table]:
@@ -208,6 +206,18 @@ def tables(data: Data) -> list[Table]:
     ]
 
 
+def scales(data: Data) -> str:
+    """Say why the shares of two weightings do not sum to 100%."""
+    total = {w: (share_of_a_token(data, w) * data.targets).sum().item() for w in ('padded', 'sequence_sum')}
+    padded, summed = total['padded'], total['sequence_sum']
+    return (
+        "'padded' and 'sequence_sum' weigh all tokens alike, as 'token' does. Their shares sum to "
+        f'{readable(100 * padded)}% and {readable(100 * summed)}%, as their losses are {readable(padded)} and '
+        f"{readable(summed)} times that of 'token': 'padded' divides by the padding too, 'sequence_sum' by the number "
+        'of sequences.'
+    )
+
+
 def draw(data: Data, path: Path) -> None:
     """Draw how each weighting divides the loss among the lengths: its bars sum to 100%."""
     groups = groups_of(data.targets)
@@ -220,7 +230,7 @@ def draw(data: Data, path: Path) -> None:
         heights = [loss[group.members].sum().item() for group in groups]
         where = [group + width * (index - 1) for group in range(len(groups))]
         bars = axes.bar(where, heights, width, label=name, color=WEIGHTINGS[weighting])
-        axes.bar_label(bars, list(map(readable, heights)), fontsize=8, padding=2)
+        axes.bar_label(bars, [f'{readable(100 * height)}%' for height in heights], fontsize=8, padding=2)
     axes.set_xticks(range(len(groups)), [f'{name}\n× {int(members.sum()):,}' for name, members in groups])
     axes.set_xlabel('targets of a sequence\n× sequences')
     axes.set_ylabel('part of the whole loss')
@@ -252,6 +262,7 @@ def explain(config: Config) -> None:
     if data.empty:
         console.print(f'left out, for want of a target: {data.empty:,}')
     console.print(spread(data.targets), highlight=False)
+    console.print(scales(data), highlight=False)
     write_csv(data, folder / 'shares.csv')
     draw(data, folder / 'shares.png')
     console.print(f'\n{folder}: shares.csv, with every sequence, and shares.png', highlight=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 from command_line import UsageError, flag, judge, one_line_errors, writable_folder

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 import x_transformers
-from command_line import UsageError, judge, one_line_errors, writable_folder
+from command_line import UsageError, judge, one_line_errors, say, writable_folder
 from matplotlib.figure import Figure
 from palette import LIBRARIES
 from torch import Generator, Tensor, nn
@@ -114,7 +115,7 @@ def train(label: str, model: nn.Module, config: Config) -> None:
     """Train one wrapper on batches that hang on the seed alone."""
     generator = Generator().manual_seed(config.seed)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
-    bar = tqdm(range(1, config.steps + 1), desc=label)
+    bar = tqdm(range(1, config.steps + 1), desc=label, disable=None)
     for step in bar:
         batch = record(config.batch_size, config.noise, generator)
         loss = model(batch.x, lens=batch.lens)
@@ -197,6 +198,7 @@ def compare(config: Config) -> None:
         train(label, model, config)
         model.eval()
         measured[label] = measure(model, held_out)
+        say(f'{label}: trained, {config.steps} steps')
 
     print(f'\n{table(measured, config.noise)}\n')
     (folder / 'metrics.json').write_text(json.dumps(measured, indent=2) + '\n')

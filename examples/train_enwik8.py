@@ -16,10 +16,8 @@ n - positions
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,30 +27,29 @@ from typing import Any, NamedTuple
 # read when torch is imported: threads that wait for one another sleep, where they would spin and hold up a busy machine
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
-from command_line import one_line_errors, open_log, writable_folder
+from command_line import one_line_errors, open_log, say, writable_folder
 from enwik8.checkpoints import CONFIG, Progress, begin, register, save
 from enwik8.config import Config, check_tracker, of_run, resolve, run_name
 from enwik8.config_file import load_config
 from enwik8.model import build_model
-from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, last_report, report, table
+from enwik8.report import METRICS, PICTURE, Row, costs, draw_by_length, report, reports_of, table
+from enwik8.sampling import check_finite, generate, sample
+from enwik8.schedule import fall, rate
+from enwik8.sequences import Split, draw, source_of, split_text, to_batch
 from enwik8.signals import Stopped, noticed_signals
-from enwik8.text import find_text, read_text
+from enwik8.text import read_text
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
-with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')  # x-transformers calls it when imported
-    from enwik8.sampling import check_finite, generate, sample
-    from enwik8.sequences import Split, draw, split_text, to_batch
-
-    from xtloss import global_normalizer
+from xtloss import global_normalizer
 
 Batch = dict[str, Tensor]  # what the wrapper's forward takes
 
@@ -73,7 +70,7 @@ class Training(NamedTuple):
     def say(self, line: str) -> None:
         """Print a line above the bars."""
         if not self.quiet:
-            tqdm.write(line)
+            say(line)
 
 
 def prepare(config: Config, accelerator: Accelerator, quiet: bool) -> Training:
@@ -81,20 +78,12 @@ def prepare(config: Config, accelerator: Accelerator, quiet: bool) -> Training:
     torch.manual_seed(config.seed)
     model = build_model(config)
     optimizer = Adam(model.parameters(), lr=config.learning_rate)
-    schedule = LambdaLR(optimizer, lambda step: rate(step, config))
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     progress = Progress(config.seed)
+    schedule = LambdaLR(optimizer, lambda step: rate(step, config, progress.curve))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     register(accelerator, progress)
     forward = torch.compile(model) if config.compile else model
     return Training(accelerator, model, forward, optimizer, schedule, progress, quiet)
-
-
-def rate(step: int, config: Config) -> float:
-    """Return the part of the learning rate that the step after `step` others takes."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    decayed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return {'none': 1.0, 'linear': 1 - decayed, 'cosine': (1 + math.cos(math.pi * decayed)) / 2}[config.decay]
 
 
 def micro_batches_of(step: Sequence[bytes], config: Config, accelerator: Accelerator) -> list[Batch]:
@@ -146,7 +135,8 @@ def validate(training: Training, held_out: Sequence[bytes], config: Config) -> l
 def take_steps(training: Training, split: Split, config: Config, log: Callable[..., None]) -> Iterator[int]:
     """Take the steps that are left; yield each when it is over, reported on as the options say."""
     accelerator, progress, quiet = training.accelerator, training.progress, training.quiet
-    steps = range(progress.step + 1, config.steps + 1)
+    steps = range(progress.step + 1, fall(config, progress.curve)[1] + 1)
+    reported = time.perf_counter()
     for step in (bar := tqdm(steps, 'training', total=config.steps, initial=progress.step, disable=quiet or not steps)):
         start = time.perf_counter()
         sequences = draw(split.train, config.batch_size * config.grad_accum, progress.generator)  # of all processes
@@ -157,12 +147,15 @@ def take_steps(training: Training, split: Split, config: Config, log: Callable[.
         bar.set_postfix(loss=f'{loss:.3f}', tokens_per_second=f'{speed:,}', refresh=False)
         log(step=step, train_loss=loss, grad_norm=norm, learning_rate=learning_rate, tokens_per_second=speed)
 
-        is_last = step == config.steps
+        is_last = step == fall(config, progress.curve)[1]
         if is_last or step % config.validate_every == 0:
             rows = validate(training, split.held_out, config)
             over_tokens, over_sequences = rows[-1].over_tokens, rows[-1].over_sequences
             check_finite(over_tokens, step)
-            log(step=step, bits_per_byte=[row._asdict() for row in rows])
+            progress.curve.append((step, over_tokens))
+            is_last = step == fall(config, progress.curve)[1]  # it may be flat now
+            seconds, reported = round(time.perf_counter() - reported, 3), time.perf_counter()
+            log(step=step, bits_per_byte=[row._asdict() for row in rows], seconds=seconds)
             accelerator.log({'over_tokens': over_tokens, 'over_sequences': over_sequences}, step=step)
             training.say(
                 f'step {step:,}: {over_tokens:.3f} bits per byte over tokens, {over_sequences:.3f} over sequences'
@@ -171,6 +164,8 @@ def take_steps(training: Training, split: Split, config: Config, log: Callable[.
             training.say(sample(accelerator.unwrap_model(training.model), split.held_out, config.generate_length, step))
         progress.step = step
         yield step
+        if is_last:
+            break
 
 
 def train(config: Config, *, on_step: Callable[[int], object] | None = None) -> None:
@@ -191,7 +186,7 @@ def train(config: Config, *, on_step: Callable[[int], object] | None = None) -> 
     say, progress, signum = training.say, training.progress, 0
     say(f'preset {config.preset}, on {accelerator.device} x {accelerator.num_processes}')
 
-    [source] = broadcast_object_list([find_text(config.data, say=say) if main else ''])
+    [source] = broadcast_object_list([source_of(config.data, config.sequences, say) if main else ''])
     split = split_text(read_text(source, config.max_bytes), config.sequences, config.seq_len + 1, config.held_out)
     config = replace(config, data=source, name=config.name or run_name(config, source))
     say(f'{source}: {len(split.train):,} {config.sequences} to train on, {len(split.held_out):,} held out')
@@ -212,16 +207,17 @@ def train(config: Config, *, on_step: Callable[[int], object] | None = None) -> 
 
         for step in take_steps(training, split, config, log):
             signum = wish.of_any(accelerator)
-            if step == config.steps or signum or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            is_last = step == fall(config, progress.curve)[1]
+            if is_last or signum or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 save(accelerator, folder, step)
             if on_step is not None:
                 on_step(step)
             if signum:
                 break
 
-    is_finished = progress.step >= config.steps
+    is_finished = progress.step >= fall(config, progress.curve)[1]
     if main and is_finished:
-        rows = last_report(folder).rows
+        rows = reports_of(folder)[-1].rows
         draw_by_length({config.name: rows}, folder / PICTURE)
         say(f'\n{table(rows)}\n\n{folder}: {CONFIG}, {METRICS}, {PICTURE}')
     accelerator.wait_for_everyone()

@@ -23,6 +23,9 @@ NETWORKS: dict[str, dict[str, Any]] = {  # each kind of positions, heads and att
     'looped': ROTARY | {'looped': True, 'layers_pre_and_post_norm': True},
 }
 
+from xtloss.wrappers.segment_leak import why_not_apart
+from xtloss.wrappers.segments import segment_arguments
+
 
 def of_layers(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the layers, whose names begin so, and those of the network."""
@@ -52,9 +55,10 @@ def judged_arguments(
     net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False
 ) -> dict[str, Any]:
     """What the wrapper makes of segment ids: the network is judged, then told how to keep them apart."""
-    from xtloss.packing.segments import check_segments, segment_arguments
-
-    check_segments(net, len(segment_ids), arguments, trust=trust, asks='segment_ids')
+    given = {name: value for name, value in arguments.items() if value is not None}
+    reason = None if trust else why_not_apart(net, given, short_rows=False)
+    if reason is not None:
+        raise ValueError(f'segment_ids: {reason}')
     return segment_arguments(net, segment_ids, arguments)
 
 

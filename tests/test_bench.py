@@ -150,7 +150,7 @@ def test_unpad_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys:
     seen = []
     monkeypatch.setattr(bench_unpad, 'timed', lambda net, step: (seen.append(step().item()), 1.0 + len(seen) % 2))
     bench_unpad.compare(config)
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[3:]] == [
         ['16', 'yes', '0.50', '0.50'],
         ['16', 'no', '0.50', '0.50'],
     ]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import train_enwik8
 from command_line import UsageError
-from enwik8 import checkpoints, config, signals
+from enwik8 import checkpoints, config, schedule, signals
 from enwik8.config import Config
 from enwik8.config_file import load_config
 from safetensors.torch import load_file
@@ -41,9 +41,9 @@ def train(**options) -> None:
 
 
 def state(run: Path) -> tuple[list[dict], dict[str, torch.Tensor], dict]:
-    """Return all that a run ends with: its metrics but for the speeds, its weights, its place in every stream."""
-    lines = (run / 'metrics.jsonl').read_text().splitlines()
-    metrics = [{name: v for name, v in json.loads(line).items() if name != 'tokens_per_second'} for line in lines]
+    """Return all that a run ends with: its metrics but for the times, its weights, its place in every stream."""
+    lines, times = (run / 'metrics.jsonl').read_text().splitlines(), ('tokens_per_second', 'seconds')
+    metrics = [{name: v for name, v in json.loads(line).items() if name not in times} for line in lines]
     checkpoint = checkpoints.last_checkpoint(run)
     progress = torch.load(checkpoint / 'custom_checkpoint_0.pkl', weights_only=False)
     return metrics, load_file(checkpoint / 'model.safetensors'), progress
@@ -229,11 +229,11 @@ def test_a_file_that_is_no_good_is_one_line(folder, capsys, text, message):
 
 def test_the_learning_rate_by_hand():
     plain, warm = Config(steps=10), Config(steps=10, warmup_steps=4)
-    assert [train_enwik8.rate(step, plain) for step in range(10)] == [1.0] * 10
-    assert [train_enwik8.rate(step, warm) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    linear = [train_enwik8.rate(step, replace(warm, decay='linear')) for step in range(4, 10)]
+    assert [schedule.rate(step, plain) for step in range(10)] == [1.0] * 10
+    assert [schedule.rate(step, warm) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    linear = [schedule.rate(step, replace(warm, decay='linear')) for step in range(4, 10)]
     assert linear == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    cosine = [train_enwik8.rate(step, replace(warm, decay='cosine')) for step in range(4, 10)]
+    cosine = [schedule.rate(step, replace(warm, decay='cosine')) for step in range(4, 10)]
     assert cosine == pytest.approx([0.5 * (1 + math.cos(math.pi * part / 6)) for part in range(6)])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,21 @@ import compare_weightings
 import pytest
 import torch
 import train_enwik8
+from command_line import UsageError
+from enwik8.comparison import OVER_TOKENS
+from enwik8.config import Config as RunConfig
+from enwik8.config import of_run
+from enwik8.config_file import load_config
+from enwik8.experiment import right_answers
 from enwik8.mixed import END, Answer, OneToOne, guesses, split_mixed
-from enwik8.over_seeds import difference, slope, spread, t_quantile
-from enwik8.report import SequenceCost, report
+from enwik8.over_seeds import difference, difference_over_groups, slope, spread, t_quantile
+from enwik8.report import Report, Row, SequenceCost, report, reports_of
+from enwik8.sampling import Diverged
+from enwik8.schedule import fall, rate
 from enwik8.sequences import split_text, to_batch
+from enwik8.sums import split_sums
 from enwik8.text import DataError
+from enwik8.tuning import Tuning, aims
 
 LANGUAGES = ('de', 'fr', 'es')
 TITLES = [f'[[{LANGUAGES[i % 3]}:Titel {i // 2}]]' for i in range(60)]  # two languages have each title
@@ -173,12 +185,15 @@ def test_the_whole_of_it(task, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '160')
     compare_weightings.main([*TINY, '--task', task, '--weightings', 'token', 'sequence'])
     out = capsys.readouterr().out
+    runs = [line.partition(':')[0] for line in out.splitlines() if ' to go' in line]
+    assert runs == [f'compare-{task}-{weighting}-{seed}' for weighting in ('token', 'sequence') for seed in (0, 1)]
     assert "'sequence' against 'token': " in out
     assert 'sequence - token' in out
+    assert ('over 12 held-out questions (bootstrap' in out) == (task == 'mixed')
     folder = Path('runs', f'compare-{task}')
     assert (folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     results = json.loads((folder / 'results.json').read_text())
-    assert results['steps'] == 3
+    assert results['steps'] == {'token': [3, 3], 'sequence': [3, 3]}
     assert len(results['reports']) == 2 * 2 * 3
     measured = results['measured']['all: over tokens']
     assert all(len(measured[weighting]) == 2 for weighting in ('token', 'sequence'))
@@ -191,9 +206,11 @@ def test_the_whole_of_it(task, capsys, monkeypatch):
 
     monkeypatch.setattr(train_enwik8, 'train', never)
     compare_weightings.main([*TINY, '--task', task, '--weightings', 'token', 'sequence'])
-    assert capsys.readouterr().out == out
+    assert capsys.readouterr().out == ''.join(line for line in out.splitlines(True) if ' to go' not in line)
     compare_weightings.main([*TINY, '--task', task, '--seeds', '1', '--weightings', 'token', 'sequence'])
-    assert 'of one seed, nothing can be told from noise' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'of one seed, nothing can be told from noise' in out
+    assert f'{task}, 3 steps, 1 seed, learning rates: all 0.002;' in out
     with pytest.raises(SystemExit):
         compare_weightings.main([*TINY, '--task', task, '--steps', '4', '--weightings', 'token'])
     assert f'runs/compare-{task}-token-0 was trained with --steps 3, not 4: choose another' in capsys.readouterr().err
@@ -224,9 +241,241 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
     assert found[0] == found[1]
 
 
+# learning rates, flatness, sums
+
+
+def tuning(weighting: str, **bits: float) -> Tuning:
+    """Return what some rates measured, by the mean over tokens."""
+    return Tuning(weighting, {float(rate[1:]): {OVER_TOKENS: value} for rate, value in bits.items()})
+
+
+def rows(over_tokens: float, over_sequences: float = 0.0, over_square: float = 0.0, right: float | None = None):
+    """Return a report of one group, all of it."""
+    return [Row('all', 1, 2, over_tokens, over_sequences, right, over_square)]
+
+
+def test_what_a_rate_is_chosen_by():
+    """The mean that the weighting optimises, over bytes beside it; where there are answers, their bits."""
+    found = rows(1.0, 2.0, 3.0)
+    assert list(aims('token', found).values()) == [1.0]
+    assert list(aims('sequence', found).values()) == [2.0, 1.0]
+    assert list(aims('square', found).values()) == [3.0, 1.0]
+    both = [Row('answers', 1, 2, 5.0, 5.0, 0.5), Row('prose', 1, 2, 4.0, 4.0), *found]
+    assert aims('sequence', both) == {'answers': 5.0, 'prose': 4.0}
+    assert aims('sequence', rows(1.0, 2.0, 3.0, right=0.25)) == {'answers': 1.0, 'answers that are right, %': 25.0}
+
+
+def test_the_mean_that_square_optimises():
+    """Of 4 and of 16 targets with 8 bits each: (8/√4 + 8/√16) / (√4 + √16)."""
+    [*_, row] = report([SequenceCost(5, 4, 8.0), SequenceCost(17, 16, 8.0)])
+    assert row.over_square == pytest.approx((8 / 2 + 8 / 4) / (2 + 4))
+
+
+def test_the_grid_goes_on_at_its_edge():
+    assert tuning('token', _1=3.0, _2=2.0, _4=2.5).beyond() is None
+    assert tuning('token', _1=1.0, _2=2.0).beyond() == 0.5
+    assert tuning('token', _1=3.0, _2=2.0).beyond() == 4.0
+    diverged = Tuning('token', {1.0: {OVER_TOKENS: 3.0}, 2.0: {OVER_TOKENS: 2.0}, 4.0: {}})
+    assert (diverged.rate, diverged.beyond()) == (2.0, None)
+    assert 'edge of the grid' in tuning('token', _1=3.0, _2=2.0).sentence()
+    assert 'edge of the grid' not in diverged.sentence()
+    reports = {2.0: [[Report(1, rows(1.0), 0.0)], []], 1.0: [[Report(1, rows(v), 0.0)] for v in (1.0, 4.0)]}
+    assert Tuning.of_reports('token', reports).measured == {1.0: {OVER_TOKENS: 2.5}, 2.0: {}}
+
+
+def test_own_rates_and_the_shared_one(monkeypatch, capsys):
+    """Each weighting's best rate is where its loss is least: |log2(rate / best)|, told without a training."""
+    best = {'token': 2e-3, 'sequence': 16e-3}  # that of the others, and two factors beyond the grid
+    trained = []
+
+    def train(run, on_step):
+        trained.append((run.loss_weighting, run.learning_rate, run.seed))
+        if run.learning_rate > 0.03:
+            raise Diverged('the loss is not finite')
+        distance = abs(math.log2(run.learning_rate / best[run.loss_weighting])) + run.seed / 1000
+        folder = Path('runs', run.name)
+        folder.mkdir(parents=True)
+        (folder / 'config.json').write_text(json.dumps(of_run(run)))
+        record = {'step': 3, 'bits_per_byte': [row._asdict() for row in rows(1 + distance, 1 + distance, 1.0)]}
+        (folder / 'metrics.jsonl').write_text(json.dumps(record | {'seconds': 1.5}) + '\n')
+
+    monkeypatch.setattr(train_enwik8, 'train', train)
+    monkeypatch.setenv('COLUMNS', '160')
+    command = [*TINY, '--weightings', 'token', 'sequence', '--learning-rates', '1e-3', '2e-3', '4e-3']
+    compare_weightings.main(command)
+    out = capsys.readouterr().out
+    assert [rate for weighting, rate, seed in trained if weighting == 'sequence' and seed == 100] == [
+        1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
+    ]  # fmt: skip
+    assert {seed for _, rate, seed in trained if rate == 1e-3} == {100, 101}
+    assert [run for run in trained if run[2] < 2] == [
+        ('sequence', 16e-3, 0), ('sequence', 16e-3, 1), *((w, 2e-3, seed) for w in best for seed in (0, 1)),
+    ] or [run for run in trained if run[2] < 2] == [
+        ('token', 2e-3, 0), ('token', 2e-3, 1), *(('sequence', rate, seed) for rate in (16e-3, 2e-3) for seed in (0, 1))
+    ]  # fmt: skip
+    assert "'token' trains at 0.002, the best by 'all: over tokens'." in out
+    assert "'sequence' trains at 0.016, the best by 'all: over sequences'" in out
+    assert 'learning rates: token 0.002, sequence 0.016;' in out
+    assert 'learning rates: all 0.002;' in out
+    assert 'diverged' in out
+    assert '6 steps in 6 s' not in out
+    assert '12 steps in 6 s, 0.500 s each' in out
+    folder = Path('runs', 'compare-lines')
+    assert {path.name for path in folder.iterdir()} == {
+        'comparison.png', 'comparison_at_own_rates.png', 'rates.png', 'results.json'
+    }  # fmt: skip
+    results = json.loads((folder / 'results.json').read_text())
+    assert results['at_own_rates']['measured'][OVER_TOKENS]['sequence'] == [1.0, 1.001]
+    assert results['measured'][OVER_TOKENS]['sequence'] == [4.0, 4.001]
+    trained.clear()
+    compare_weightings.main(command)
+    assert {rate for _, rate, _ in trained} == {32e-3}  # what diverged left nothing to keep
+
+
+def test_a_diverged_run_of_the_report_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        compare_weightings.main([*TINY, '--learning-rate', '1e18', '--steps', '9'])
+    assert 'the loss is not finite at step' in capsys.readouterr().err
+
+
+def test_where_a_training_is_flat():
+    """A line of 0.1 bits per 100 steps until step 400, then none: the second half is flat from step 800 on."""
+    curve = [(step, 5.0 - min(step, 400) / 1000) for step in range(100, 2100, 100)]
+    run = RunConfig(steps=2000, until_flat=0.02)
+    assert fall(run, curve[:3]) == fall(run, ()) == (2000, 2000)
+    flat = next(step for step, _ in curve if step >= 700 and fall(run, curve[: step // 100])[0] == step)
+    assert 600 < flat <= 800
+    assert fall(run, curve) == (flat, flat)
+    decaying = replace(run, decay='linear', warmup_steps=100)
+    assert fall(decaying, curve) == (flat, flat + flat // 4)
+    assert fall(decaying, curve[:6]) == (1600, 2000)
+    assert rate(50, decaying, curve) == pytest.approx(0.51)
+    assert rate(flat, decaying, curve) == 1.0
+    assert rate(flat + flat // 8, decaying, curve) == pytest.approx(0.5, abs=0.01)
+    assert fall(replace(run, until_flat=None), curve) == (0, 2000)
+
+
+@pytest.mark.parametrize('decay', ['none', 'linear'])
+def test_a_run_until_flat_ends_early_and_goes_on_where_it_was(decay, capsys):
+    """With a threshold that everything is below, at the first report at which enough lie in the second half."""
+    options = ['--steps', '30', '--until-flat', '1e6', '--decay', decay, '--weightings', 'token', '--seeds', '0']
+    compare_weightings.main([*TINY, *options])
+    end = {'none': 12, 'linear': 15}[decay]  # four reports, at 6 to 12; the decay takes a quarter of 12 steps
+    results = json.loads(Path('runs/compare-lines/results.json').read_text())
+    assert results['steps'] == {'token': [end]}
+    lines = Path('runs/compare-lines-token-0/metrics.jsonl').read_text().splitlines()
+    rates = [record['learning_rate'] / 2e-3 for record in map(json.loads, lines) if 'learning_rate' in record]
+    assert rates == pytest.approx([1.0] * 12 + ([1.0, 2 / 3, 1 / 3] if decay == 'linear' else []))
+    capsys.readouterr()
+    compare_weightings.main([*TINY, *options])
+    assert ' to go' not in capsys.readouterr().out
+
+
+def test_a_run_until_flat_that_is_stopped_ends_alike():
+    config = RunConfig(
+        data='text', preset='tiny', dim=16, depth=1, heads=2, seq_len=64, batch_size=6, steps=40, until_flat=1e6,
+        decay='linear', validate_every=2, checkpoint_every=1, name='whole',
+    )  # fmt: skip
+    train_enwik8.train(config, on_step=lambda step: None)
+
+    def stop(step: int) -> None:
+        if step == 14:  # in its decay
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_enwik8.train(replace(config, name='cut'), on_step=stop)
+    train_enwik8.train(replace(config, name='cut', resume=True), on_step=lambda step: None)
+    train_enwik8.train(replace(config, name='cut', resume=True), on_step=pytest.fail)  # it is at its end
+    whole, cut = (
+        [json.loads(line) for line in Path('runs', name, 'metrics.jsonl').read_text().splitlines()]
+        for name in ('whole', 'cut')
+    )
+    assert [r.get('train_loss') for r in whole] == [r.get('train_loss') for r in cut]
+    assert [r.get('learning_rate') for r in whole] == [r.get('learning_rate') for r in cut]
+
+
+def test_intervals_over_questions_by_hand():
+    """Groups of one value: the bootstrap of a mean; a group is drawn with all that it has, or not at all."""
+    values = [0.0, 1.0, 2.0, 3.0] * 25
+    found = difference_over_groups([[value] for value in values])
+    assert found.mean == 1.5
+    half = 1.96 * 1.118 / 10
+    assert found[1:] == pytest.approx((1.5 - half, 1.5 + half), abs=0.03)
+    together = difference_over_groups([values[start : start + 4] for start in range(0, 100, 4)])
+    assert together == pytest.approx((1.5, 1.5, 1.5))
+    assert difference_over_groups([[0.0]] * 3) == (0.0, 0.0, 0.0)
+
+
+def test_right_answers_are_those_of_the_last_report():
+    compare_weightings.main(
+        [*TINY, '--task', 'mixed', '--weightings', 'token', '--seeds', '0', '--steps', '40', '--learning-rate', '0.03']
+    )
+    run = load_config(Path('runs/compare-mixed-token-0/config.json'))
+    answers = [s for s in split_text(TEXT, 'mixed', 65, 1024).held_out if isinstance(s, Answer)]
+    right = right_answers(run, answers)
+    assert len(right) == 12
+    assert sum(right) / 12 == pytest.approx(reports_of(Path('runs/compare-mixed-token-0'))[-1].rows[0].right)
+    assert 0 < sum(right) < 12
+
+
+def test_all_answers_are_held_out_beside_the_others():
+    few = split_text(TEXT, 'mixed', 257, 1).held_out
+    assert sum(isinstance(sequence, Answer) for sequence in few) == 12
+    assert len(few) == 13
+
+
+def test_sums_are_right_and_on_one_side():
+    split = split_sums(b'', 257)
+    assert len(split[0]) == 12_000_000
+    trained = [split[0][index] for index in range(2400)]
+    assert trained[:50] == [split[0][index] for index in range(50)]
+    for sequence in (*trained, *split[1]):
+        question, _, answer = sequence.partition(END)
+        a, b = (int(number[::-1]) for number in question.split(b'+'))
+        assert int(answer[::-1]) == a + b
+        digits = question.index(b'+')
+        assert len(question) == 2 * digits + 1
+        assert len(answer) == digits + 1
+    assert Counter(sequence.index(b'+') for sequence in trained) == dict.fromkeys(range(1, 13), 200)
+    assert set(trained).isdisjoint(split[1])
+    lengths = Counter(sequence.index(b'+') for sequence in split[1])
+    assert sorted(lengths) == list(range(1, 13))
+    assert all(lengths[digits] >= 95 for digits in range(3, 13))
+    with pytest.raises(UsageError, match=r'^--seq-len must be at least 38 for sums, got 37$'):
+        split_sums(b'', 38)
+    assert max(map(len, split[1])) == split_sums(b'', 39)[1][-1].__len__() == 39
+
+
+def test_answers_alone_are_reported_by_their_length():
+    found = [SequenceCost(6, 2, 4.0, True), SequenceCost(39, 13, 26.0), SequenceCost(36, 12, 12.0, True)]
+    assert [(row.lengths, row.sequences, row.right) for row in report(found, 257)] == [
+        ('2 to 4', 1, 1.0),
+        ('11 to 13', 2, 0.5),
+        ('all', 3, 2 / 3),
+    ]
+
+
+def test_sums_as_a_task(monkeypatch, capsys):
+    """Without a text and without a network; few are held out, for the sake of time."""
+    monkeypatch.setattr('enwik8.sums.HELD_OUT_PER_LENGTH', 2)
+    monkeypatch.setattr('enwik8.text.connect', pytest.fail)
+    monkeypatch.setenv('COLUMNS', '160')
+    compare_weightings.main(['--task', 'sums', *TINY[2:], '--weightings', 'token', 'sequence'])
+    out = capsys.readouterr().out
+    results = json.loads(Path('runs/compare-sums/results.json').read_text())
+    assert '11 to 13 bytes: right, %' in results['measured']
+    assert next(iter(results['measured'])) == 'answers that are right, %'
+    assert 20 <= results['answers'] <= 24
+    assert f'{results["answers"]} answers are held out' in out
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
+        ('--learning-rates 1e-3 0', '--learning-rates must be above 0, got 0.0'),
+        ('--learning-rates 1e-3 1e-3', '--learning-rates must differ from one another, got 0.001 0.001'),
+        ('--learning-rates 1e-3 --tuning-seeds 1 2', '--tuning-seeds must be others than --seeds'),
+        ('--until-flat 0', '--until-flat must be above 0, got 0.0'),
         ('--seeds -1', '--seeds must be at least 0, got -1'),
         ('--seeds 1 1', '--seeds must differ from one another, got 1 1'),
         ('--weightings token token', '--weightings must differ from one another'),

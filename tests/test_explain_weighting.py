@@ -39,10 +39,10 @@ def test_the_seed_example_by_hand(capsys):
     explain_weighting.main([])
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert ['3', '1', '75%', '63.4%', '50%', '50%', '150%'] in lines  # the sequence
-    assert ['3', '1', '25%', '21.1%', '16.7%', '16.7%', '50%'] in lines  # each of its tokens
-    assert ['1', '1', '25%', '36.6%', '50%', '16.7%', '50%'] in lines
-    assert ['all', '2', '100%', '100%', '100%', '66.7%', '200%'] in lines
+    assert ['3', '1', '75', '63.4', '50', '50', '150'] in lines  # the sequence
+    assert ['3', '1', '25', '21.1', '16.7', '16.7', '50'] in lines  # each of its tokens
+    assert ['1', '1', '25', '36.6', '50', '16.7', '50'] in lines
+    assert ['all', '2', '100', '100', '100', '66.7', '200'] in lines
     assert 'All sequences are within a factor of 3.0 (1 to 3 targets)' in ' '.join(out.split())
     assert Path('runs/weighting/shares.png').read_bytes().startswith(b'\x89PNG')
 
@@ -111,19 +111,30 @@ def test_the_spread_in_a_sentence(lens, says):
 
 
 @pytest.mark.parametrize(
-    ('share', 'text'),
-    [
-        (0.25, '25%'),
-        (2.0, '200%'),
-        (106.04, '10,604%'),
-        (0.001, '0.1%'),
-        (1 / 1234, '1/1.23k'),
-        (1e-6, '1/1M'),
-        (1e-12, '1/1e+03G'),
-    ],
+    ('number', 'text'),
+    [(25.0, '25'), (10_604.4, '10,604'), (999.6, '1,000'), (0.081037, '0.081'), (1.234e-6, '1.23e-06')],
 )
-def test_small_shares_are_readable(share, text):
-    assert explain_weighting.readable(share) == text
+def test_shares_are_readable(number, text):
+    assert explain_weighting.readable(number) == text
+
+
+def test_a_table_has_one_unit(capsys):
+    """Percents beside 1/2.86k could not be compared."""
+    for lens, unit in (([3, 1], 'percent'), ([1, *[3000] * 100], 'millionths')):
+        data = explain_weighting.Data(torch.tensor(lens), row=max(lens), empty=0)
+        made = explain_weighting.tables(data)[1]
+        Console(width=100).print(made)
+        assert f'in {unit} of the loss' in made.title
+        cells = [word for line in capsys.readouterr().out.splitlines()[4:] for word in line.split()[2:]]
+        assert cells
+        assert '/' not in ''.join(cells)
+        assert cells[0] == {'percent': '25', 'millionths': '3.33'}[unit]
+
+
+def test_what_does_not_sum_to_100_percent_is_said(capsys):
+    explain_weighting.main(['--lens', '300', '300', '100', '500'])
+    out = ' '.join(capsys.readouterr().out.split())
+    assert 'Their shares sum to 60% and 30,000%, as their losses are 0.6 and 300 times' in out
 
 
 @pytest.mark.parametrize(

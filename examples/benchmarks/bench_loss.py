@@ -1,17 +1,17 @@
 """Time and memory of head and loss: xtloss beside x-transformers, torch, and the matrix products nobody can avoid.
 
-    python examples/benchmarks/bench_loss.py            # one shape
+    python examples/benchmarks/bench_loss.py            # one shape, about 3 minutes
     python examples/benchmarks/bench_loss.py --vocab 50257 --dim 768 --tokens 2048 --uncounted 0.5
-    python examples/benchmarks/bench_loss.py --suite    # the table of the gallery, about 7 minutes
+    python examples/benchmarks/bench_loss.py --suite    # the table of the gallery, about 10 minutes
     python examples/benchmarks/bench_loss.py --traffic  # bytes, not seconds: what a GPU's time is made of
 
 Forward and backward, interleaved in rounds, warmed up. Times are medians; ratios are medians of the ratio within a
-round. Peak memory is that of one pass in a process of its own, beyond what the inputs take.
+round. Peak memory is that of one pass in a process of its own, beyond what the inputs take. Each comparison is a line
+as soon as it is over; the tables come at the end.
 """
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from math import gcd
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import traffic
 import tyro
@@ -41,12 +43,11 @@ from bench_peers import (
     measure_times,
     problem,
 )  # fmt: skip
+from command_line import UsageError, one_line_errors, writable_folder
 from matplotlib.figure import Figure
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
-from command_line import UsageError, judge, one_line_errors, writable_folder
+from measuring import begin
 from palette import LIBRARIES, OTHERS
+from torch import Tensor
 
 MIB = 2**20
 BEHIND = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 1}  # of a number, so that no line goes through it
@@ -69,7 +70,7 @@ class Config:
     """None: as many as torch takes by itself."""
 
     suite: bool = False
-    """Measure the shapes of the README's table, not the one above."""
+    """Measure the shapes of the gallery's table, not the one above."""
     traffic: bool = False
     """Count the bytes that each peer moves for a logit, in float32 and bfloat16, and measure nothing."""
     rounds: int = 3
@@ -106,7 +107,7 @@ def comparison_table(c: Comparison) -> str:
         per_products = f'{c.times.ratio(run, (PRODUCTS, c.shape)):.2f}' if peer in HEADS else ''
         per_upstream = f'{c.times.ratio(run, base):.2f}'
         mib = f'{c.memory[run] / MIB:,.0f}' if run in c.memory else ''
-        of_memory = f'{c.memory[run] / c.memory[base]:.2f}' if {run, base} <= c.memory.keys() else ''
+        of_memory = f'{c.memory[run] / c.memory[base]:.2f}' if run in c.memory and c.memory.get(base) else ''
         row = (peer, f'{c.times.ms(run):,.0f}', per_products, per_upstream, mib, of_memory)
         lines.append(f'| {" | ".join(row)} |')
     return '\n'.join(lines)
@@ -167,7 +168,7 @@ def one_shape(config: Config, shape: Shape) -> tuple[list[Comparison], list[Row]
 
 
 class SuiteShapes(NamedTuple):
-    """The shapes of the README's table."""
+    """The shapes of the gallery's table."""
 
     a: Shape
     b: Shape
@@ -190,7 +191,7 @@ def suite_shapes(like: Shape) -> SuiteShapes:
 
 
 def suite(config: Config, s: SuiteShapes) -> tuple[list[Comparison], list[Row]]:
-    """Measure everything the README's table has."""
+    """Measure everything the gallery's table has."""
     some = tuple(peer for peer in (PRODUCTS, BY_COLUMNS, UPSTREAM, *CHUNKED, OURS) if peer in HEADS)
     memory = measured_memory(
         config,
@@ -276,13 +277,10 @@ def measured_times(config: Config, runs: list[Run], title: str) -> Times:
 
 def check(config: Config) -> None:
     """Judge the options. Raises `UsageError`."""
-    judge(config)
     if config.uncounted >= 1:
         raise UsageError(f'--uncounted must be in [0, 1), got {config.uncounted}')
     if config.tokens < 2:
         raise UsageError(f'--tokens must be at least 2: one predicts nothing, got {config.tokens}')
-    if config.device == 'cuda' and not torch.cuda.is_available():
-        raise UsageError('--device cuda: no CUDA device here')
     if config.memory and not config.traffic and config.device == 'cpu' and not Path('/proc/self/status').exists():
         raise UsageError('--no-memory is wanted: on a CPU, peak memory is measured on Linux only')
 
@@ -290,9 +288,7 @@ def check(config: Config) -> None:
 def compare(config: Config) -> None:
     """Measure, print and draw."""
     check(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-
+    begin(config)
     shape = Shape(
         config.tokens,
         config.dim,
@@ -308,9 +304,6 @@ def compare(config: Config) -> None:
         return
     picture = writable_folder(config.out) / 'bench_loss.png'
     comparisons, rows = suite(config, suite_shapes(shape)) if config.suite else one_shape(config, shape)
-
-    where = torch.cuda.get_device_name() if config.device == 'cuda' else f'{torch.get_num_threads()} threads'
-    print(f'torch {torch.__version__}, {platform.machine()} {config.device}, {where}, {config.dtype}')
     for comparison in comparisons:
         print(f'\n{comparison_table(comparison)}')
     if rows:

@@ -14,30 +14,29 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
-from torch import Tensor
-from torch.nn import Module
+from command_line import UsageError, one_line_errors, say
+from enwik8.config import PRESETS
+from enwik8.sequences import draw, split_text, to_batch
+from enwik8.text import find_text, read_text
+from measuring import begin, timed
 from tqdm import tqdm
 from x_transformers import AutoregressiveWrapper as Upstream
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
-from command_line import UsageError, judge, one_line_errors
-from enwik8.config import PRESETS
-from enwik8.sequences import draw, split_text, to_batch
-from enwik8.text import find_text, read_text
-
 UPSTREAM, OURS = 'x-transformers', ('padded', 'unpad', 'packed')
+Round = dict[str, tuple[float, float]]  # of each peer, the loss and the real tokens per second
 
 
 @dataclass(frozen=True)
@@ -60,35 +59,28 @@ class Config:
 
 def compare(config: Config) -> None:
     """Measure and print a table."""
-    judge(config)
     if config.vocab < 256:
         raise UsageError(f'--vocab must be at least 256: there are so many bytes, got {config.vocab}')
-    if config.device == 'cuda' and not torch.cuda.is_available():
-        raise UsageError('--device cuda: no CUDA device here')
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    begin(config)
     torch.manual_seed(config.seed)
     source = find_text(config.data)
     lines = split_text(read_text(source, None), 'lines', config.max_len, 1).train
     net = network(config)
 
-    print(f'{source}, lines of {sum(map(len, lines)) / len(lines):.0f} bytes on average, vocabulary {config.vocab}')
-    print(f'{"":>6}{"real tokens per second":^52}{"/ x-transformers":^30}{"largest":>10}')
+    mean, deviation = statistics.fmean(map(len, lines)), statistics.pstdev(map(len, lines))
+    say(f'{source}, lines of {mean:.0f} ± {deviation:.0f} bytes, vocabulary {config.vocab}')
+    say(f'{"":>6}{"real tokens per second":^52}{"/ x-transformers":^30}{"largest":>10}')
     columns = ''.join(f'{name:>12}' for name in OURS) + ''.join(f'{name:>10}' for name in OURS)
-    print(f'{"lines":>6}{UPSTREAM:>16}{columns}{"Δ loss":>10}')
+    say(f'{"lines":>6}{UPSTREAM:>16}{columns}{"Δ loss":>10}')
     generator = torch.Generator().manual_seed(config.seed)
     for count in config.lines:
-        speeds, difference = measure(net, lines, count, config, generator)
-        median = {name: statistics.median(speed) for name, speed in speeds.items()}
-        over = {
-            name: statistics.median(a / b for a, b in zip(speeds[name], speeds[UPSTREAM], strict=True)) for name in OURS
-        }
-        print(
-            f'{count:>6}{median[UPSTREAM]:>16,.0f}'
-            + ''.join(f'{median[name]:>12,.0f}' for name in OURS)
-            + ''.join(f'{over[name]:>9.2f}x' for name in OURS)
-            + f'{difference:>10.1e}'
-        )
+        rounds: list[Round] = []
+        measured = measure(net, lines, count, config, generator)
+        try:
+            rounds.extend(tqdm(measured, f'{count} lines', config.rounds, leave=False, disable=None))
+        finally:  # Ctrl-C too leaves what was measured so far
+            if rounds:
+                say(row(count, rounds))
 
 
 def network(config: Config) -> TransformerWrapper:
@@ -101,47 +93,42 @@ def network(config: Config) -> TransformerWrapper:
     return net.to(config.device)
 
 
+def row(count: int, rounds: Sequence[Round]) -> str:
+    """Return a line of the table: medians over rounds of the speeds, and of their ratios within a round."""
+
+    def median(name: str, over: str | None = None) -> float:
+        return statistics.median(found[name][1] / (found[over][1] if over else 1) for found in rounds)
+
+    losses = [[found[name][0] for name in (UPSTREAM, *OURS)] for found in rounds]
+    difference = max(abs(loss - theirs) / max(theirs, 1e-9) for theirs, *ours in losses for loss in ours)
+    return (
+        f'{count:>6}{median(UPSTREAM):>16,.0f}'
+        + ''.join(f'{median(name):>12,.0f}' for name in OURS)
+        + ''.join(f'{median(name, UPSTREAM):>9.2f}x' for name in OURS)
+        + f'{difference:>10.1e}'
+    )
+
+
 def measure(
     net: TransformerWrapper, lines: Sequence[bytes], count: int, config: Config, generator: torch.Generator
-) -> tuple[dict[str, list[float]], float]:
-    """Return the real tokens per second of each round by each peer, and the largest relative difference of losses."""
+) -> Iterator[Round]:
+    """Yield what was measured of each peer, round by round."""
     peers = {
         UPSTREAM: Upstream(net),
         'padded': AutoregressiveWrapper(net),
         'unpad': AutoregressiveWrapper(net, unpad=True),
         'packed': AutoregressiveWrapper(net),
     }
-    speeds: dict[str, list[float]] = {name: [] for name in peers}
-    difference = 0.0
-    for round_ in tqdm(range(config.rounds + 1), desc=f'{count} lines', leave=False):
+    for round_ in range(config.rounds + 1):
         batch = draw(lines, count, generator)
         padded = {name: t.to(config.device) for name, t in to_batch(batch).items()}
         packed = {name: t.to(config.device) for name, t in to_batch(batch, 'packed', config.max_len).items()}
-        losses = []
+        found = {}
         for name, wrapper in peers.items():
             loss, seconds = timed(net, partial(wrapper, **(packed if name == 'packed' else padded)))
-            losses.append(loss)
-            if round_ > 0:  # the first warms up
-                speeds[name].append(sum(map(len, batch)) / seconds)
-        difference = max(difference, *(abs(loss - losses[0]) / max(losses[0], 1e-9) for loss in losses))
-    return speeds, difference
-
-
-def timed(net: Module, step: Callable[[], Tensor]) -> tuple[float, float]:
-    """Run a forward and a backward; return the loss and the seconds."""
-    net.zero_grad()
-    synchronize()
-    start = time.perf_counter()
-    loss = step()
-    loss.backward()
-    synchronize()
-    return loss.item(), time.perf_counter() - start
-
-
-def synchronize() -> None:
-    """Wait for the device, where it runs ahead of Python."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+            found[name] = (loss, sum(map(len, batch)) / seconds)
+        if round_ > 0:  # the first warms up
+            yield found
 
 
 def main(args: Sequence[str] | None = None) -> None:

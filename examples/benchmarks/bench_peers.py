@@ -16,9 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import torch.nn.functional as F
 import x_transformers
+from command_line import say
+from measuring import synchronize
 from torch import Tensor, nn
 from tqdm import tqdm
 from x_transformers import Decoder, TransformerWrapper
@@ -41,7 +45,8 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f'N={self.tokens}, d={self.dim}, V={self.vocab}'
+        uncounted = f', {self.uncounted:.0%} uncounted' if self.uncounted else ''
+        return f'N={self.tokens}, d={self.dim}, V={self.vocab}{uncounted}'
 
 
 class Problem(NamedTuple):
@@ -254,29 +259,42 @@ def measure_times(runs: Iterable[Run], *, rounds: int, seconds: float, title: st
 
     steps = {run: make_step(*run) for run in runs}
     taken: dict[Run, list[float]] = {run: [] for run in runs}
-    start = time.perf_counter()
-    with tqdm(desc=title, unit=' rounds', leave=False, disable=None) as bar:
-        while bar.n < rounds or time.perf_counter() - start < seconds:
-            for run, step in steps.items():
-                synchronize(run[1])
-                began = time.perf_counter()
-                step()
-                synchronize(run[1])
-                taken[run].append(time.perf_counter() - began)
-            bar.n += 1
-            bar.refresh()
+    start, done = time.perf_counter(), 0
+    try:
+        with tqdm(desc=title, unit=' rounds', leave=False, disable=None) as bar:
+            while done < rounds or time.perf_counter() - start < seconds:
+                for run, step in steps.items():
+                    synchronize()
+                    began = time.perf_counter()
+                    step()
+                    synchronize()
+                    taken[run].append(time.perf_counter() - began)
+                done += 1
+                bar.update()
+    finally:  # Ctrl-C too leaves what was measured so far
+        medians = {run: 1000 * median(found) for run, found in taken.items() if found}
+        say_line(f'{title}, {done} rounds in {time.perf_counter() - start:.0f} s', medians, 'ms')
     return Times(taken)
 
 
-def synchronize(shape: Shape) -> None:
-    if shape.device == 'cuda':
-        torch.cuda.synchronize()
+def say_line(title: str, measured: dict[Run, float], unit: str) -> None:
+    """Print what was measured of each run."""
+    if measured:
+        shapes = {shape for _, shape in measured}
+        names = {(peer, shape): peer if len(shapes) == 1 else f'{peer} at {shape}' for peer, shape in measured}
+        say(f'{title}: ' + '; '.join(f'{names[run]} {value:,.1f} {unit}' for run, value in measured.items()))
 
 
 def measure_memory(runs: Iterable[Run], *, threads: int) -> dict[Run, int]:
     """Return the bytes that each run needs at its peak beyond its inputs, in a new process each."""
     runs = list(dict.fromkeys(runs))
-    return {run: _memory_of(run, threads) for run in tqdm(runs, desc='memory', leave=False, disable=None)}
+    memory: dict[Run, int] = {}
+    try:
+        for run in tqdm(runs, desc='memory', leave=False, disable=None):
+            memory[run] = _memory_of(run, threads)
+    finally:  # Ctrl-C too leaves what was measured so far
+        say_line('extra peak memory', {run: size / 2**20 for run, size in memory.items()}, 'MiB')
+    return memory
 
 
 def _memory_of(run: Run, threads: int) -> int:

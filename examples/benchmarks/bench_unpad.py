@@ -18,18 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
-from bench_packing import timed
+from command_line import UsageError, one_line_errors, say
+from enwik8.config import PRESETS
+from measuring import begin, timed
 from torch import Tensor
-from tqdm import tqdm
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of a script, its own folder alone is searched
-from command_line import UsageError, judge, one_line_errors
-from enwik8.config import PRESETS
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,18 @@ class Config:
 
 def compare(config: Config) -> None:
     """Measure and print a table."""
-    judge(config)
     if max(config.fillings) > 1:
         raise UsageError(f'--fillings must be at most 1, got {max(config.fillings)}')
-    if config.device == 'cuda' and not torch.cuda.is_available():
-        raise UsageError('--device cuda: no CUDA device here')
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    print(f'{"":>6}{"":>7}{"step with unpad / without, filled to":>40}')
-    print(f'{"n":>6}{"flash":>7}' + ''.join(f'{filling:>8.0%}' for filling in config.fillings))
+    begin(config)
+    say(f'{"":>6}{"":>7}{"step with unpad / without, filled to":>40}')
+    say(f'{"n":>6}{"flash":>7}' + ''.join(f'{filling:>8.0%}' for filling in config.fillings))
     for n in config.widths:
         for flash in (True, False):
             net = network(n, flash, config)
-            ratios = [measure(net, lengths(filling, n, config), n, config) for filling in config.fillings]
-            print(f'{n:>6}{"yes" if flash else "no":>7}' + ''.join(f'{ratio:>8.2f}' for ratio in ratios))
+            print(f'{n:>6}{"yes" if flash else "no":>7}', end='', flush=True)
+            for filling in config.fillings:  # each number as it is known: Ctrl-C leaves what was measured so far
+                print(f'{measure(net, lengths(filling, n, config), n, config):>8.2f}', end='', flush=True)
+            print(flush=True)
 
 
 def network(n: int, flash: bool, config: Config) -> TransformerWrapper:
@@ -86,7 +83,7 @@ def measure(net: TransformerWrapper, lens: Tensor, n: int, config: Config) -> fl
     x = torch.randint(0, config.vocab, (len(lens), n), device=config.device)
     without, unpadded = (AutoregressiveWrapper(net, unpad=unpad) for unpad in (False, True))
     ratios = []
-    for round_ in tqdm(range(config.rounds + 1), desc=f'n={n}', leave=False, disable=None):
+    for round_ in range(config.rounds + 1):
         before, after = (timed(net, lambda model=model: model(x, lens=lens))[1] for model in (without, unpadded))
         ratios += [after / before] if round_ else []  # the first warms up
     return statistics.median(ratios)

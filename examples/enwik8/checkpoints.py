@@ -38,14 +38,16 @@ class Progress:
 
     def __init__(self, seed: int) -> None:
         self.step, self.generator = 0, torch.Generator().manual_seed(seed)
+        self.curve: list[tuple[int, float]] = []  # of every report, the step and bits per byte over tokens
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `accelerate` saves. The stream of the samples is in it too: old versions of it lose their own."""
-        return {'step': self.step, 'batches': self.generator.get_state(), 'samples': torch.get_rng_state()}
+        streams = {'batches': self.generator.get_state(), 'samples': torch.get_rng_state()}
+        return {'step': self.step, 'curve': self.curve, **streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.step = state['step']
+        self.step, self.curve[:] = state['step'], state.get('curve', [])
         self.generator.set_state(state['batches'])
         torch.set_rng_state(state['samples'])
 

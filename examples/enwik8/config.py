@@ -41,12 +41,13 @@ class Config:
     Python; or the path of a raw, .gz or .zip file."""
     max_bytes: int | None = None
     """Read no more of the text than this."""
-    sequences: Literal['lines', 'pages', 'windows', 'mixed'] = 'lines'
+    sequences: Literal['lines', 'pages', 'windows', 'mixed', 'sums'] = 'lines'
     """'lines': each distinct non-blank line; 'pages': each <page>, both as long as they are, up to seq_len + 1 bytes;
     'windows': random crops of seq_len + 1 bytes; 'mixed': one to one, long lines, and titles of articles in other
-    languages, of which the code of the language is to be learned."""
+    languages, of which the code of the language is to be learned; 'sums': of two numbers of 1 to 12 digits, of which
+    the answer is to be learned, made without a text."""
     held_out: int = 1024
-    """Validate on at most so many sequences. None of their lines occurs in training."""
+    """Validate on at most so many sequences, and on all answers beside them. None of their lines occurs in training."""
 
     equal_loss_weight_batch: bool = False
     """Every sequence weighs the same in the loss, however long: loss_weighting 'sequence'."""
@@ -77,6 +78,9 @@ class Config:
     """How the learning rate falls to zero by the last step."""
     steps: int | None = None
     """Optimizer steps."""
+    until_flat: float | None = None
+    """End before --steps where bits per byte fall by less than this for every 100 steps, over the second half of the
+    reports so far. The learning rate stays up until then; --decay takes a last fifth of the steps."""
     validate_every: int | None = None
     generate_every: int | None = None
     generate_length: int | None = None

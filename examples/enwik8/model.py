@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 from command_line import UsageError
 from enwik8.config import Config
+from x_transformers import Decoder, TransformerWrapper
 
-with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')  # x-transformers calls it when imported
-    from x_transformers import Decoder, TransformerWrapper
-
-    from xtloss import AutoregressiveWrapper
+from xtloss import AutoregressiveWrapper
 
 
 def build_model(config: Config) -> AutoregressiveWrapper:

@@ -1,19 +1,22 @@
 """What can be said of numbers that were measured once for each seed: their spread, and a difference with its interval.
 
 The interval is Student's, of the differences paired by seed, at 95%. It covers what the seed decides, initial weights
-and batches, and nothing else: not the choice of text, of model, or of held-out sequences.
+and batches, and nothing else: not the choice of text, of model, or of held-out sequences. Of answers there is another
+one, over the questions that are held out, which covers their choice and not the seeds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from random import Random
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 # the 97.5% quantile of Student's t for 1 to 10 degrees of freedom
 T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 Z = 1.959964  # of the normal distribution
+RESAMPLES = 2000
 
 
 class Spread(NamedTuple):
@@ -48,6 +51,22 @@ def difference(values: Sequence[float], base: Sequence[float]) -> Difference:
         return Difference(mean, None, None)
     half = t_quantile(len(values) - 1) * deviation / math.sqrt(len(values))
     return Difference(mean, mean - half, mean + half)
+
+
+def difference_over_groups(groups: Iterable[Sequence[float]]) -> Difference:
+    """Return the mean of all values of all groups, and its interval at 95% over the groups.
+
+    It is the percentile bootstrap: as many groups are drawn again, with replacement, 2,000 times.
+    """
+    pairs = [(sum(group), len(group)) for group in groups]
+    random = Random(0)
+
+    def mean(drawn: Sequence[tuple[float, int]]) -> float:
+        return sum(total for total, _ in drawn) / sum(count for _, count in drawn)
+
+    means = sorted(mean(random.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    tail = RESAMPLES // 40  # 2.5%
+    return Difference(mean(pairs), means[tail], means[-1 - tail])
 
 
 def t_quantile(freedom: int) -> float:

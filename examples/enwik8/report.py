@@ -17,16 +17,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is a script, its own folder alone is searched
+import command_line  # noqa: F401  before any package: it says which one is missing
 import torch
 import tyro
+from command_line import UsageError, one_line_errors, writable_folder
 from matplotlib.figure import Figure
+from palette import CYCLE, label
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where this file is a script, its own folder alone is searched
-from command_line import UsageError, one_line_errors, writable_folder
-from palette import CYCLE, label
-
 EDGES = (2, 8, 32, 128, 512, 2048, 8192)  # bytes; a bucket holds the lengths from one edge up to the next
+ANSWER_EDGES = (2, 5, 8, 11, 14)  # bytes of an answer, where all sequences are answers
 METRICS, PICTURE = 'metrics.jsonl', 'loss_by_length.png'  # files of a run
 
 
@@ -56,6 +57,7 @@ class Row(NamedTuple):
     over_tokens: float
     over_sequences: float
     right: float | None = None  # the part of them that was right, of answers
+    over_square: float | None = None  # the mean of its sequences' means, each weighing √targets
 
 
 @torch.no_grad()
@@ -80,30 +82,32 @@ def costs(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Se
 def report(costs: Iterable[SequenceCost], longest: int | None = None) -> list[Row]:
     """Return one row for each bucket of lengths that is not empty, and one for all sequences.
 
-    `longest` is where sequences were cut: the last bucket ends there. Where there are answers, they are the first row
-    and the prose is the second.
+    `longest` is where sequences were cut: the last bucket ends there. Where there are answers beside prose, they are
+    the first row and the prose is the second; answers alone are told apart by their own length, without the question.
     """
     costs = list(costs)
-    if any(cost.is_answer for cost in costs):
-        kinds = {'answers': [cost for cost in costs if cost.is_answer]}
-        kinds['prose'] = [cost for cost in costs if not cost.is_answer]
-        return [summary(name, group) for name, group in (kinds | {'all': costs}).items() if group]
-    edges = [edge for edge in EDGES if longest is None or edge <= longest]
-    edges.append(longest + 1 if longest else 1 << 62)
+    answers = [cost for cost in costs if cost.is_answer]
+    if answers and len(answers) < len(costs):
+        kinds = {'answers': answers, 'prose': [cost for cost in costs if not cost.is_answer]}
+        return [summary(name, group) for name, group in (kinds | {'all': costs}).items()]
+    edges = [edge for edge in (ANSWER_EDGES if answers else EDGES) if longest is None or edge <= longest]
+    if not answers:
+        edges.append(longest + 1 if longest else 1 << 62)
     groups: dict[str, list[SequenceCost]] = {}
     for low, high in pairwise(edges):
         name = f'{low} or more' if high == 1 << 62 else f'{low} to {high - 1}'
-        groups[name] = [cost for cost in costs if low <= cost.length < high]
+        groups[name] = [cost for cost in costs if low <= (cost.targets if answers else cost.length) < high]
     return [summary(name, group) for name, group in (groups | {'all': costs}).items() if group]
 
 
 def summary(name: str, costs: list[SequenceCost]) -> Row:
-    """Return the two means over some sequences."""
+    """Return the means over some sequences."""
     targets = sum(cost.targets for cost in costs)
     over_tokens = sum(cost.bits for cost in costs) / targets
     over_sequences = sum(cost.bits / cost.targets for cost in costs) / len(costs)
     right = sum(cost.is_right for cost in costs) / len(costs) if all(cost.is_answer for cost in costs) else None
-    return Row(name, len(costs), targets, over_tokens, over_sequences, right)
+    over_square = sum(cost.bits / cost.targets**0.5 for cost in costs) / sum(cost.targets**0.5 for cost in costs)
+    return Row(name, len(costs), targets, over_tokens, over_sequences, right, over_square)
 
 
 def table(rows: list[Row]) -> str:
@@ -148,29 +152,31 @@ def place(lengths: str) -> tuple[int, str]:
     return (int(first), '') if first.isdigit() else (0, first)
 
 
-class LastReport(NamedTuple):
-    """The last report in a run's metrics, and the steps it was made after."""
+class Report(NamedTuple):
+    """A report in a run's metrics, and the steps it was made after."""
 
     step: int
     rows: list[Row]
+    seconds: float  # since the report before, or since the process was started
 
 
-def last_report(run: Path) -> LastReport:
-    """Return the last report of a run, finished or not. Raises `UsageError` where there is none to be read."""
-    found = None
+def reports_of(run: Path) -> list[Report]:
+    """Return the reports of a run, finished or not, by step. Raises `UsageError` where there is none to be read."""
+    found = []
     for line in (run / METRICS).read_text(errors='replace').splitlines():
         try:
             record = json.loads(line)
             if 'bits_per_byte' in record:
-                found = LastReport(record.get('step', 0), [Row(**row) for row in record['bits_per_byte']])
+                rows = [Row(**row) for row in record['bits_per_byte']]
+                found.append(Report(record.get('step', 0), rows, record.get('seconds', 0.0)))
         except (ValueError, TypeError, KeyError):  # a run that was stopped ends in half a line
             continue
-    if found is None or not found.rows:
+    if not found or not found[-1].rows:
         raise UsageError(f'{run / METRICS} holds no report: the run stopped before its first validation')
     return found
 
 
-def labels(reports: dict[Path, LastReport]) -> list[str]:
+def labels(reports: dict[Path, Report]) -> list[str]:
     """Name the runs: by their folders, by whole paths where names repeat; with the step where they differ in it."""
     names = [run.name for run in reports]
     paths = [name if names.count(name) == 1 else str(run) for name, run in zip(names, reports, strict=True)]
@@ -179,7 +185,7 @@ def labels(reports: dict[Path, LastReport]) -> list[str]:
     return [f'{path}, step {step:,}' if differ else path for path, step in zip(paths, steps, strict=True)]
 
 
-def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path(PICTURE)) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path('runs', PICTURE)) -> None:
     """Compare runs of train_enwik8.py.
 
     Args:
@@ -191,7 +197,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path(PICTURE)
     if out.suffix != '.png':
         raise UsageError(f'--out must end in .png, got {out}')
     writable_folder(out.parent)
-    found = {run: last_report(run) for run in dict.fromkeys(runs)}
+    found = {run: reports_of(run)[-1] for run in dict.fromkeys(runs)}
     reports = dict(zip(labels(found), (report.rows for report in found.values()), strict=True))
     for name, rows in reports.items():
         print(f'\n{name}\n{table(rows)}')

@@ -52,10 +52,14 @@ def continuations(model: Module, prompts: Sequence[bytes], length: int, step: in
     return [bytes(ids) for ids in generated.tolist()]
 
 
+class Diverged(UsageError):
+    """A training has gone astray."""
+
+
 def check_finite(loss: float, step: int) -> None:
-    """Raise `UsageError` where a training has gone astray."""
+    """Raise `Diverged` where a training has gone astray."""
     if not math.isfinite(loss):
-        raise UsageError(f'the loss is not finite at step {step}: --learning-rate may be too large')
+        raise Diverged(f'the loss is not finite at step {step}: --learning-rate may be too large')
 
 
 def printable(text: bytes) -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from enwik8.mixed import Answer, counted, split_mixed
-from enwik8.text import DataError
+from enwik8.sums import split_sums
+from enwik8.text import BUILTIN, DataError, find_text
 from torch import Generator, Tensor
 
 from xtloss import collate
@@ -32,10 +33,10 @@ class Split(NamedTuple):
 
 
 def split_text(text: bytes, kind: str, max_len: int, max_held_out: int) -> Split:
-    """Make sequences of at most `max_len` bytes by `kind`: 'lines', 'pages', 'windows' or 'mixed'.
+    """Make sequences of at most `max_len` bytes by `kind`: 'lines', 'pages', 'windows', 'mixed' or 'sums'.
 
     Which are held out, and which `max_held_out` of those are kept, follows from their checksums: it is the same
-    for every seed.
+    for every seed. Answers are all kept: they are short, and the part of them that is right is told by their number.
 
     Raises `DataError` where the text is too short for one sequence on either side.
     """
@@ -45,7 +46,9 @@ def split_text(text: bytes, kind: str, max_len: int, max_held_out: int) -> Split
             raise DataError(
                 f'too little text: {len(text):,} bytes hold no {kind} to {side} (of {max_len} bytes or less)'
             )
-    return Split(train, sorted(held_out, key=zlib.crc32)[:max_held_out])
+    answers = [sequence for sequence in held_out if isinstance(sequence, Answer)]
+    others = sorted((sequence for sequence in held_out if not isinstance(sequence, Answer)), key=zlib.crc32)
+    return Split(train, sorted([*answers, *others[:max_held_out]], key=zlib.crc32))
 
 
 def split_lines(text: bytes, max_len: int) -> Split:
@@ -69,7 +72,14 @@ def split_windows(text: bytes, max_len: int) -> Split:
     return Split(Windows(text[:middle], max_len), [held_out[start : start + max_len] for start in starts])
 
 
-SPLITS = {'lines': split_lines, 'pages': split_pages, 'windows': split_windows, 'mixed': split_mixed}
+SPLITS = {
+    'lines': split_lines, 'pages': split_pages, 'windows': split_windows, 'mixed': split_mixed, 'sums': split_sums
+}  # fmt: skip
+
+
+def source_of(data: str, kind: str, say: Callable[[str], object] = print) -> str:
+    """Return the source of a text by `find_text`, but look for none where the sequences need none."""
+    return BUILTIN if kind == 'sums' else find_text(data, say=say)
 
 
 def hold_out(sequences: Sequence[bytes]) -> Split:
