@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
+from xtloss.wrappers.segment_leak import why_not_apart
+from xtloss.wrappers.segments import segment_arguments
+
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
@@ -22,9 +25,6 @@ NETWORKS: dict[str, dict[str, Any]] = {  # each kind of positions, heads and att
     'continuous head': ROTARY | {'add_continuous_pred_head': True},
     'looped': ROTARY | {'looped': True, 'layers_pre_and_post_norm': True},
 }
-
-from xtloss.wrappers.segment_leak import why_not_apart
-from xtloss.wrappers.segments import segment_arguments
 
 
 def of_layers(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -35,7 +35,12 @@ def test_what_is_an_integer_and_a_number(value: Any, integer: bool, number: bool
     assert (is_integer(value), is_number(value)) == (integer, number)
 
 
-RULES = {'x': 'integer: b n', 'weight': 'floating point: b | b n', 'keys': 'bool: b n+ | 1 n+', 'other': 'tensor: b ...'}
+RULES = {
+    'x': 'integer: b n',
+    'weight': 'floating point: b | b n',
+    'keys': 'bool: b n+ | 1 n+',
+    'other': 'tensor: b ...',
+}
 RIGHT: list[dict[str, Any]] = [
     {},
     {'weight': torch.ones(2)},
@@ -50,7 +55,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({'weight': torch.ones(2, 4)}, ValueError, r'^weight must have shape .*, got \(2, 4\): as x is$'),
     ({'weight': X}, TypeError, r'^weight must be floating point, got int64$'),
     ({'weight': [1.0]}, TypeError, r'^weight must be floating point, a tensor, got list$'),
-    ({'keys': torch.ones(2, 2).bool()}, ValueError, r'^keys must have shape \(2, 3 or more\) or \(1, 3 or more\) like x'),
+    (
+        {'keys': torch.ones(2, 2).bool()},
+        ValueError,
+        r'^keys must have shape \(2, 3 or more\) or \(1, 3 or more\) like x',
+    ),
     ({'keys': torch.ones(3, 3).bool()}, ValueError, r'got \(3, 3\)$'),
     ({'other': torch.ones(3, 5)}, ValueError, r'^other must have shape \(2, \.\.\.\) like x, got \(3, 5\)$'),
     ({'other': torch.ones(2, device='meta')}, ValueError, r'^other must be on cpu like x, got meta$'),

@@ -103,7 +103,9 @@ def test_the_names_that_a_wrapper_defines(kind: str) -> None:
 @kinds
 def test_names_of_a_subclass_are_its_own(kind: str) -> None:
     """Words that a loss is likely to be written with, on the instance and as methods."""
-    words = 'weighting loss _loss _run _rows _costs _count _checked check count weights normalizer total targets'.split()
+    words = (
+        'weighting loss _loss _run _rows _costs _count _checked check count weights normalizer total targets'.split()
+    )
     base = getattr(xtloss, kind)
     broken = {word: lambda self, *args, **kwargs: pytest.fail('this name is not ours') for word in words}
     own = type('Own', (base,), broken)(network(kind))
