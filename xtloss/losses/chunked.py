@@ -4,9 +4,8 @@ Of the logits z of a token let m be the largest but the target's, E = exp(z - m)
 Then nll = softplus(D) with D = m + log(s) - z[target], and the gradient of token_weight · nll by z is
 c · (E - s · onehot(target)) with c = token_weight · sigmoid(D) / s.
 
-There are two loops, as a CPU spends its time on the products, and an accelerator on bytes that are read and written.
-That of a CPU works in place, in one float32 buffer. That of an accelerator keeps logits as narrow as the products give
-them, and beside the products two compiled functions read each logit twice and write it once.
+There are two loops. A CPU spends its time on the products, and works in place, in one float32 buffer. An accelerator
+spends it on bytes: logits stay as narrow as the products, and two compiled functions read each twice and write it once.
 
 Dims: N tokens, d width, v vocabulary, r tokens of a chunk.
 """
@@ -37,21 +36,17 @@ class Problem(NamedTuple):
 
 
 class LossAndGrads(NamedTuple):
-    """In float32 or wider; None for a gradient that is not asked for."""
+    """In float32 or wider, and of the shapes of a `Problem`; None for a gradient that is not asked for."""
 
     loss: Tensor  # ()
     token_loss: Tensor  # (N,)
-    embed: Tensor | None  # (N, d), ∂ loss / ∂ embed
-    weight: Tensor | None  # (v, d)
-    bias: Tensor | None  # (v,)
+    embed: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that gradient products run in, where the logits' runs in `dtype`.
-
-    float16 keeps no gradient below 6e-8 and none above 65504, and the scale that a gradient scaler will apply is not
-    known here: its gradient products run in float32.
-    """
+    """Return the dtype of gradient products: float16 keeps none below 6e-8, and no scaler's scale is known here."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -114,10 +109,9 @@ def loop_of_cpu(p: Problem) -> LossAndGrads:
 
 
 def logits_buffer(r: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:
-    """Make a tensor for the logits of a chunk, (r, v).
+    """Make a tensor for the logits of a chunk, (r, v): where a CPU's BLAS fills it, by columns of whole cache lines.
 
-    Where a CPU's BLAS fills it, it is stored column by column, each padded to whole cache lines: MKL is slower at
-    writing a product as a few wide rows.
+    MKL is slower at writing a product as a few wide rows.
     """
     if device.type != 'cpu' or not blas:
         return torch.empty(r, v, dtype=dtype, device=device)

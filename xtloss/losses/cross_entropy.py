@@ -33,9 +33,8 @@ def softplus(x: Tensor) -> Tensor:
 def exp_others_(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In place, z (r, v) becomes exp(z - m), m its row's largest other logit, and 0 at the target, (r,).
 
-    Returns D, m and s, the row sum of the new z, each (r, 1): logsumexp(other logits) = m + log(s). A row whose other
-    logits are all -inf, or absent, has s = 0 and D = -inf; else s >= 1. An infinite logit of the target, which has
-    overflown, makes D NaN, as `F.cross_entropy` is.
+    Returns D, m and s, the row sum of the new z, each (r, 1): logsumexp(other logits) = m + log(s). Where there are
+    none, s = 0 and D = -inf; else s >= 1. An infinite logit of the target makes D NaN, as `F.cross_entropy` is.
     """
     target = target[:, None]
     z_target = z.gather(1, target)
@@ -52,10 +51,8 @@ def cross_entropy(logits: Tensor, target: Tensor, counted: Tensor, *, composite:
 
     Equals ``torch.where(counted, F.cross_entropy(logits, target, reduction='none'), 0)`` in float32 or wider, for
     logits (t, v), target (t,) in [0, v) and counted (t,) bool. No more than the logits and one tensor of their size are
-    alive at once, forward or backward. Differentiable any number of times.
-
-    With `composite`, and under torch.compile, it is made of plain operations: slower, with several tensors of the size
-    of the logits, but open to torch.func, batched and forward-mode derivatives, which torch refuses of the other.
+    alive at once. With `composite`, and under torch.compile, it is made of plain operations: slower, in more memory,
+    but open to torch.func, batched and forward-mode derivatives, which torch refuses of the other.
     """
     if composite or torch.compiler.is_compiling():
         return composite_cross_entropy(logits, target, counted)

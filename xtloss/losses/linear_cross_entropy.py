@@ -1,7 +1,4 @@
-"""Head and loss in one pass over chunks of tokens: three matrix products, and logits for one chunk at a time.
-
-Dims: N tokens, d width, v vocabulary.
-"""
+"""Head and loss in one pass over chunks of N tokens: three matrix products, and logits for one chunk at a time."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -24,10 +21,7 @@ RULES = {
     'bias': 'floating point: vocab',
     'chunk_size': 'count',
 }
-NO_SECOND_DERIVATIVE = (
-    'linear_cross_entropy makes its gradients in the forward pass, so it has no second derivative: build the wrapper '
-    'with fused=False, or compute the logits and F.cross_entropy'
-)
+NO_SECOND_DERIVATIVE = 'linear_cross_entropy has no second derivative: build the wrapper with fused=False'
 
 
 def linear_cross_entropy(
@@ -107,10 +101,9 @@ def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def default_chunk_size(n: int, weight: Tensor, dtype: torch.dtype, *, accelerated: bool) -> int:
-    """Tokens a chunk, for n tokens whose logits are kept in `dtype`; chunks alike, in whole blocks.
+    """Return how many tokens a chunk has, for n tokens whose logits are kept in `dtype`; alike, in whole blocks.
 
-    A chunk's logits take at most `CHUNK_BYTES`, or what the gradient of the weight takes where that is more: as many
-    as that on an accelerator, on a CPU 384 tokens.
+    Its logits take at most `CHUNK_BYTES`, or what the gradient of the weight takes, but 384 tokens of that on a CPU.
     """
     block = 64  # of tokens, for the tiles that products are made of
     of_token, gradient = max(1, weight.shape[0]) * dtype.itemsize, weight.numel() * weight.dtype.itemsize

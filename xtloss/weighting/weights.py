@@ -34,14 +34,10 @@ class LossBreakdown(NamedTuple):
     Nats; float32, or wider where the logits are wider. Where the normalizer is 0 the first term is 0.
     """
 
-    token_loss: Tensor
-    """(b, n-1), ℓ: what each target costs, 0 where it is not counted."""
-    weight: Tensor
-    """(b, n-1), w: loss_weight · counted · L^-p."""
-    normalizer: Tensor
-    """0-dim, Z."""
-    auxiliary: Tensor
-    """0-dim, what is added: exit loss, next-embedding loss, attention z-loss, times their coefficients."""
+    token_loss: Tensor  # (b, n-1), ℓ: what each target costs, 0 where it is not counted
+    weight: Tensor  # (b, n-1), w: loss_weight · counted · L^-p
+    normalizer: Tensor  # 0-dim, Z
+    auxiliary: Tensor  # 0-dim: exit loss, next-embedding loss, attention z-loss, times their coefficients
 
 
 def resolve_weighting(loss_weighting: Any, equal_loss_weight_batch: Any) -> Weighting:
@@ -74,7 +70,8 @@ class Weights(NamedTuple):
 
     by_length: Tensor  # (b, n-1), counted · L^-p: what auxiliary losses are weighted by
     weight: Tensor  # (b, n-1), w = loss_weight · counted · L^-p
-    normalizer: Tensor  # (), Z
+    normalizer: Tensor  # (), Z, or what is in its place
+    own: Tensor  # (), Z
 
 
 def batch_weights(
@@ -93,11 +90,11 @@ def batch_weights(
         loss_weight = loss_weight[:, None] if loss_weight.ndim == 1 else next_tokens(loss_weight)
         weight = torch.where(targets.counted, loss_weight * by_length, 0)
 
-    if normalizer is None:
-        normalizer = batch_normalizer(targets, weighting, dtype)
-    elif isinstance(normalizer, Tensor) and normalizer.dtype == torch.float64:  # which a narrower dtype may round to 0
+    own = batch_normalizer(targets, weighting, dtype)
+    if isinstance(normalizer, Tensor) and normalizer.dtype == torch.float64:  # which a narrower dtype may round to 0
         normalizer = normalizer.sign() * normalizer.abs().clamp(min=torch.finfo(dtype).tiny)
-    return Weights(by_length, weight, torch.as_tensor(normalizer, dtype=dtype, device=weight.device).detach())
+    normalizer = own if normalizer is None else torch.as_tensor(normalizer, dtype=dtype, device=own.device).detach()
+    return Weights(by_length, weight, normalizer, own)
 
 
 def batch_normalizer(targets: Targets, weighting: Weighting, dtype: torch.dtype) -> Tensor:
@@ -117,16 +114,19 @@ def normalize(total: Tensor, normalizer: Tensor) -> Tensor:
     return torch.where(nothing, 0, total / torch.where(nothing, 1, legal))
 
 
-def share_of_step(own: Tensor, normalizer: Tensor) -> Tensor:
-    """Return own / normalizer, the share of a batch in a step; 1 where nothing counts in either."""
-    return torch.where((own == 0) & (normalizer == 0), 1, normalize(own, normalizer))
-
-
 def breakdown_of(
-    total: Tensor, token_loss: Tensor, weights: Weights, auxiliary: Tensor | None = None
+    total: Tensor, token_loss: Tensor, weights: Weights, extra: Tensor | None = None, of_batch: Tensor | None = None
 ) -> tuple[Tensor, LossBreakdown]:
-    """total / Z + auxiliary, 0-dim, of total = Σ w · ℓ and ℓ (b, n-1); and what it is made of."""
-    loss = normalize(total, weights.normalizer)
-    auxiliary = torch.zeros_like(loss) if auxiliary is None else auxiliary
-    parts = (t.detach() for t in (token_loss, weights.weight, weights.normalizer, auxiliary))
+    """Return total / Z + auxiliary, 0-dim, of total = Σ w · ℓ and ℓ (b, n-1); and what it is made of.
+
+    `extra`, (b, n-1), is an auxiliary loss of each target. `of_batch`, 0-dim, is one of the batch, of which it has its
+    share in the step: Z / normalizer, and 1 where nothing counts in either.
+    """
+    normalizer, own = weights.normalizer, weights.own
+    loss = normalize(total, normalizer)
+    auxiliary = torch.zeros_like(loss) if extra is None else normalize((weights.by_length * extra).sum(), normalizer)
+    if of_batch is not None:
+        share = torch.where((own == 0) & (normalizer == 0), 1, normalize(own, normalizer))
+        auxiliary = auxiliary + of_batch * share
+    parts = (t.detach() for t in (token_loss, weights.weight, normalizer, auxiliary))
     return loss + auxiliary, LossBreakdown(*parts)

@@ -1,25 +1,30 @@
 """AutoregressiveWrapper of x-transformers, with every weighting of its loss and no logits where none are needed.
 
-Dims: b batch, n positions, p prepended embeddings, d width.
+Dims: b batch, n positions, p prepended embeddings, d width, l loops.
 """
 
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstream
 
 from xtloss.arguments import OF_LOSS, having, keywords, refuse_given
-from xtloss.tensors import has_values
-from xtloss.wrappers.autoregressive_loss import loss_outputs_breakdown
-from xtloss.wrappers.base import LossWrapper, check_call, checked, on_rows, set_options, shows_upstream
+from xtloss.tensors import has_values, loss_dtype
+from xtloss.weighting.targets import Targets, next_tokens, real_positions
+from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, breakdown_of
+from xtloss.wrappers import base
+from xtloss.wrappers.head import fused_head
+from xtloss.wrappers.rows import Outputs, network_rows
 from xtloss.wrappers.segment_leak import why_not_apart
+from xtloss.wrappers.token_losses import check_outputs, loss_from_embeds, next_embed_loss, token_losses
 from xtloss.wrappers.unpad import TELLING, refuse_unpad, unpads
 
 APART = dict.fromkeys(having('apart'), 'the masks and positions of shared rows have no place for it')
 
 
-class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
+class AutoregressiveWrapper(base.LossWrapper, Upstream):  # type: ignore[misc]
     """Upstream's wrapper with a choice of what each target weighs in the loss.
 
     ::
@@ -70,7 +75,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     unpad: bool = False
     trust_segments: bool = False
 
-    @shows_upstream(Upstream.__init__)
+    @base.shows_upstream(Upstream.__init__)
     def __init__(
         self,
         net: nn.Module,
@@ -84,9 +89,9 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
     ) -> None:
         super().__init__(net, *args, **kwargs)
         weighting = {'equal_loss_weight_batch': equal_loss_weight_batch, 'loss_weighting': loss_weighting}
-        set_options(self, **weighting, fused=fused, unpad=unpad, trust_segments=trust_segments)
+        base.set_options(self, **weighting, fused=fused, unpad=unpad, trust_segments=trust_segments)
 
-    @shows_upstream(Upstream.forward)
+    @base.shows_upstream(Upstream.forward)
     def forward(
         self,
         x: Tensor,
@@ -134,7 +139,7 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
             'segment_ids': segment_ids, 'normalizer': normalizer, **kwargs,
         })  # fmt: skip
         require_apart(self, x, given)
-        loss, outputs, breakdown = on_rows(loss_outputs_breakdown, self, x, given)
+        loss, outputs, breakdown = base.on_rows(loss_outputs_breakdown, self, x, given)
         returned = (loss, *([outputs] if return_outputs else []), *([breakdown] if return_breakdown else []))
         return returned if len(returned) > 1 else loss
 
@@ -142,10 +147,10 @@ class AutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
 NAMES = keywords(AutoregressiveWrapper.forward)
 
 
-@checked.register
+@base.checked.register
 def check_tokens(wrapper: AutoregressiveWrapper, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it as `check_call` does."""
-    x, given = check_call(wrapper, x, given, NAMES)
+    x, given = base.check_call(wrapper, x, given, NAMES)
     if 'segment_ids' in given:
         refuse_given(given, APART)
     if unpads(wrapper, given):
@@ -168,3 +173,78 @@ def require_apart(wrapper: AutoregressiveWrapper, x: Tensor, given: dict[str, An
         reason = why_not_apart(wrapper.net, arguments, short_rows=unpad)
     if reason is not None:
         raise ValueError(f'{"unpad=True" if unpad else "segment_ids"}: {reason}')
+
+
+def loss_outputs_breakdown(
+    wrapper: Any, x: Tensor, given: dict[str, Any], *, has_rows: bool
+) -> tuple[Tensor, tuple[Tensor, Any], LossBreakdown]:
+    """Return the loss of a batch that has been checked, logits and cache, and what the loss is made of."""
+    targets, unpad = base.counted_targets(wrapper, x, given), unpads(wrapper, given)
+    head = fused_head(wrapper, given)
+    ids, arguments, outputs = network_rows(wrapper, x, given, unpad=unpad)
+    out, cache = wrapper.net(
+        ids,
+        return_intermediates=True,
+        return_attn_z_loss=wrapper.add_attn_z_loss,
+        return_next_embed_pred=wrapper.add_continuous_pred_head,
+        looped_pred_all_logits=True,
+        **arguments,
+        **({} if head is None else {'return_embeddings': True}),
+    )
+    out, next_embed = out if wrapper.add_continuous_pred_head else (out, (out, out))
+    check_outputs(out, ids, or_more=outputs.place is None)
+
+    weights = batch_weights(
+        targets, base.weighting_of(wrapper), loss_dtype(out.dtype), given.get('loss_weight'), given.get('normalizer')
+    )
+    total, token_loss, extra = costs(wrapper, out, cache, next_tokens(x), targets, weights, outputs, head)
+    if wrapper.add_continuous_pred_head:
+        extra = extra + wrapper.next_embed_loss_weight * next_embed_loss(next_embed, targets.counted, outputs)
+
+    z_loss = cache.attn_z_loss if wrapper.add_attn_z_loss and has_rows else None
+    loss, breakdown = breakdown_of(total, token_loss, weights, extra, z_loss)
+    if not given.get('return_outputs'):
+        return loss, (out, cache), breakdown
+    logits = outputs.to_targets(out, targets.counted.shape)
+    if not unpad:
+        return loss, (logits, cache), breakdown
+    telling: dict[str, Any] = {name: given.get(name) for name in TELLING}
+    real = real_positions(x, **telling)[:, :-1]  # outputs are of the caller's batch, whichever rows the network read
+    return loss, (torch.where(real[..., None], logits, 0), None), breakdown
+
+
+def costs(
+    wrapper: Any, out: Tensor, cache: Any, ids: Tensor, targets: Targets, weights: Weights, outputs: Outputs, head: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Σ w · ℓ, 0-dim; ℓ, (b, n-1); and the exit loss of each target, times its coefficient, (b, n-1)."""
+    net, counted, none = wrapper.net, targets.counted, torch.zeros_like(weights.by_length)
+    if head is not None:
+        return *loss_from_embeds(head, out, ids, counted, weights.weight, outputs), none
+
+    of_loops = cache.all_pred_logits if net.looped else [out]
+    nll = [token_losses(wrapper, logits, ids, counted, outputs) for logits in of_loops]
+    if not net.looped:
+        return (weights.weight * nll[0]).sum(), nll[0], none
+
+    exit_logits = torch.stack([outputs.to_targets(t, counted.shape).squeeze(-1) for t in cache.exit_logits])
+    exit_logits = torch.where(counted, exit_logits, 0).to(nll[0].dtype)  # (l, b, n-1)
+    gate = {'slope': wrapper.looped_loss_slope, 'threshold': wrapper.looped_loss_threshold_exit}
+    token_loss, exit_loss = looped_losses(torch.stack(nll), exit_logits, **gate)
+    return (weights.weight * token_loss).sum(), token_loss, wrapper.looped_exit_loss_weight * exit_loss
+
+
+def looped_losses(nll: Tensor, exit_logits: Tensor, *, slope: float, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the loss and the exit loss of each target, both (b, n-1), in nats, means over the loops, of (l, b, n-1).
+
+    loss = nll · exit probability. The exit loss is the binary cross-entropy of each loop's gate, but the last's, to
+    sigmoid(slope · (nll[loop + 1] - nll[loop] + threshold)): whether to stop because the next loop gains too little.
+    A single loop has none. Zhu et al., Scaling Latent Reasoning via Looped Language Models, 2025,
+    https://arxiv.org/abs/2510.25741, as x-transformers trains them.
+    """
+    exit_target = torch.sigmoid(slope * (nll[1:] - nll[:-1] + threshold)).detach()
+    exit_loss = F.binary_cross_entropy_with_logits(exit_logits[:-1], exit_target, reduction='none')  # (l-1, b, n-1)
+
+    certain, gates = torch.zeros_like(exit_logits[:1]), exit_logits[:-1].detach()  # certain: log 1
+    stay = torch.cat([certain, F.logsigmoid(-gates).cumsum(dim=0)])  # up to each loop
+    leave = torch.cat([F.logsigmoid(gates), certain])  # right after it; the last loop takes what is left
+    return (nll * (stay + leave).exp()).mean(dim=0), exit_loss.sum(dim=0) / max(1, len(exit_loss))

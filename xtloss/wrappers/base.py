@@ -57,10 +57,7 @@ class LossWrapper(nn.Module):
         """Build upstream's wrapper; or, as upstream's own base does for who skips it, a bare module."""
         if args and not isinstance(args[0], nn.Module):
             raise TypeError(f'net must be a torch.nn.Module, got {type(args[0]).__name__}')
-        if args or kwargs:
-            super().__init__(*args, **kwargs)
-        else:
-            nn.Module.__init__(self)
+        super().__init__(*args, **kwargs) if args or kwargs else nn.Module.__init__(self)
 
     @torch.compiler.assume_constant_result
     def _xtloss_finding(self, question: str) -> Any:
@@ -103,12 +100,13 @@ def shows_upstream(upstream: Callable[..., Any]) -> Callable[[F], F]:
     """
 
     def decorate(function: F) -> F:
-        theirs, ours = (inspect.signature(f).parameters.values() for f in (upstream, function))
-        merged = {p.name: p for p in theirs if p.kind == p.POSITIONAL_OR_KEYWORD}
-        merged |= {p.name: p for p in ours if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if any(p.kind == p.VAR_KEYWORD for p in theirs):
-            merged |= {p.name: p for p in ours if p.kind == p.VAR_KEYWORD}
-        vars(function)['__signature__'] = inspect.Signature([*merged.values()])
+        theirs, ours = (inspect.signature(f).parameters for f in (upstream, function))
+        shown = [
+            p
+            for p in {**theirs, **ours}.values()
+            if p.name in theirs or p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        vars(function)['__signature__'] = inspect.Signature(sorted(shown, key=lambda p: p.kind))
         return function
 
     return decorate
@@ -181,11 +179,10 @@ def check_call(
     check(rules, {'x': x, **given}, NOTES, read=max(n - unread, 1), **width)
 
     for name in OF_LAYERS:
-        layers = list(given.pop(name, []))  # which the network copies
+        layers = list(given.pop(name, []))  # a list, which the network copies
         if any(layer is not None for layer in layers):
             given[name] = layers
-    given = {name: map_tensors(widened, value) if name in IDS else value for name, value in given.items()}
-    return widened(x), given
+    return widened(x), {name: map_tensors(widened, t) if name in IDS else t for name, t in given.items()}
 
 
 def counted_targets(wrapper: Any, x: Tensor, given: dict[str, Any]) -> Targets:
@@ -201,9 +198,8 @@ def counted_targets(wrapper: Any, x: Tensor, given: dict[str, Any]) -> Targets:
 def on_rows(loss: Callable[..., Any], wrapper: Any, x: Tensor, given: dict[str, Any]) -> Any:
     """Return what ``loss(wrapper, x, given, has_rows=True)`` returns; of no rows too, though no network runs on them.
 
-    One row in which nothing counts stands in for them, and is taken away again from all that is returned: the loss is 0
-    and in the graph. A data-parallel rank that got no rows must run the network all the same, or the others wait for it
-    for ever.
+    One row in which nothing counts stands in for them, and is taken away again from all that is returned. A
+    data-parallel rank that got no rows must run the network all the same, or the others wait for it for ever.
     """
     if len(x) > 0:
         return loss(wrapper, x, given, has_rows=True)

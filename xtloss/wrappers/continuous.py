@@ -14,16 +14,7 @@ from xtloss.arguments import COUNTING, OF_LOSS, having, keywords, refuse_given
 from xtloss.tensors import loss_dtype
 from xtloss.weighting.targets import next_tokens, real_positions
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
-from xtloss.wrappers.base import (
-    LossWrapper,
-    check_call,
-    checked,
-    counted_targets,
-    on_rows,
-    set_options,
-    shows_upstream,
-    weighting_of,
-)
+from xtloss.wrappers import base
 from xtloss.wrappers.masks import has_known_attention, join_keys, mask_arguments
 from xtloss.wrappers.rollout import roll_out
 
@@ -38,7 +29,7 @@ REFUSED_IN_ROLLOUT = {
 }
 
 
-class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[misc]
+class ContinuousAutoregressiveWrapper(base.LossWrapper, Upstream):  # type: ignore[misc]
     """Upstream's wrapper for sequences of frames, with the equation and weightings of `AutoregressiveWrapper`.
 
     ℓ is the mean over features of the elementwise loss of frame ``x[b,i]``, i = 1 … n-1 of x, (b, n, d). Where rows are
@@ -65,7 +56,7 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
 
     loss_fn: Any
 
-    @shows_upstream(Upstream.__init__)
+    @base.shows_upstream(Upstream.__init__)
     def __init__(
         self,
         net: nn.Module,
@@ -76,9 +67,9 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
         **kwargs: Any,
     ) -> None:
         super().__init__(net, loss_fn, use_l1_loss, equal_loss_weight_batch, **kwargs)
-        set_options(self, equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
+        base.set_options(self, equal_loss_weight_batch=equal_loss_weight_batch, loss_weighting=loss_weighting)
 
-    @shows_upstream(Upstream.forward)
+    @base.shows_upstream(Upstream.forward)
     def forward(
         self,
         x: Tensor,
@@ -116,19 +107,19 @@ class ContinuousAutoregressiveWrapper(LossWrapper, Upstream):  # type: ignore[mi
             'rollout_steps': rollout_steps, 'lens': lens, 'mask': mask, 'loss_mask': loss_mask,
             'loss_weight': loss_weight, 'normalizer': normalizer, 'return_breakdown': return_breakdown, **kwargs,
         })  # fmt: skip
-        loss, breakdown = on_rows(loss_and_breakdown, self, x, given)
+        loss, breakdown = base.on_rows(loss_and_breakdown, self, x, given)
         return (loss, breakdown) if return_breakdown else loss
 
 
 NAMES = keywords(ContinuousAutoregressiveWrapper.forward)
 
 
-@checked.register
+@base.checked.register
 def check_frames(
     wrapper: ContinuousAutoregressiveWrapper, x: Tensor, given: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it as `check_call` does."""
-    x, given = check_call(wrapper, x, given, NAMES, x_rule='floating point: b n d', unread=1, refused=REFUSED)
+    x, given = base.check_call(wrapper, x, given, NAMES, x_rule='floating point: b n d', unread=1, refused=REFUSED)
     if given.get('rollout_steps', 1) > 1:
         refuse_given(given, REFUSED_IN_ROLLOUT)
         if 'condition' in given and given['condition'].ndim == 3:
@@ -140,9 +131,9 @@ def loss_and_breakdown(
     wrapper: Any, x: Tensor, given: dict[str, Any], *, has_rows: bool
 ) -> tuple[Tensor, LossBreakdown]:
     """Return the loss by the equation: count, run the network, cost, weigh, one sum; and what it is made of."""
-    targets = counted_targets(wrapper, x, given)
+    targets = base.counted_targets(wrapper, x, given)
     counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
-    net, weighting, loss_weight = wrapper.net, weighting_of(wrapper), given.get('loss_weight')
+    net, weighting, loss_weight = wrapper.net, base.weighting_of(wrapper), given.get('loss_weight')
     if given.get('rollout_steps', 1) > 1:
         out, x, loss_weight = roll_out(net, x, targets, given)
     else:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from x_transformers.x_transformers import TransformerWrapper
 
 from xtloss.tensors import map_tensors, widened
-from xtloss.wrappers.segments import segment_arguments, takes_lengths
+from xtloss.wrappers.masks import segment_arguments, takes_lengths
 
 WIDEST = 256
 

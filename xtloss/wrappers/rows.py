@@ -13,8 +13,15 @@ from torch import Tensor
 
 from xtloss.arguments import OF_LOSS
 from xtloss.weighting.targets import real_positions
-from xtloss.wrappers.masks import has_known_attention, join_keys, mask_arguments, position_arguments, prepended_length
-from xtloss.wrappers.segments import segment_arguments, takes_lengths
+from xtloss.wrappers.masks import (
+    has_known_attention,
+    join_keys,
+    mask_arguments,
+    position_arguments,
+    prepended_length,
+    segment_arguments,
+    takes_lengths,
+)
 from xtloss.wrappers.unpad import plan_rows
 
 REAL = ('lens', 'mask', 'seq_start_pos', 'segment_ids')  # the arguments that say which positions are real

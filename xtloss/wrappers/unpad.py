@@ -13,12 +13,11 @@ from xtloss.arguments import having
 from xtloss.packing.layout import Layout, best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
 from xtloss.tensors import has_values, map_tensors
 from xtloss.weighting.targets import real_positions
-from xtloss.wrappers.segments import takes_lengths, takes_positions
+from xtloss.wrappers.masks import takes_lengths, takes_positions
 
 TELLING = ('lens', 'mask', 'seq_start_pos')  # the arguments that say which tokens are real
 TRAVELS = having('travels')
 FOLLOWED = having('unpads')
-MASK_FREE_WIDTH = 512  # see `pays`
 
 
 class Plan(NamedTuple):
@@ -83,8 +82,7 @@ def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
 def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None:
     """Plan the rows of a batch; None where it goes as it came. Copies 3 · b numbers to the host.
 
-    With `one_row`, which a network of variable-length attention needs, it never goes as it came: where nothing is real
-    the row holds all the padding, in which nothing counts.
+    With `one_row` it never does: where nothing is real the row holds all the padding, in which nothing counts.
     """
     telling = {name: given[name] for name in TELLING if name in given}
     if torch.compiler.is_compiling() or not all(map(has_values, (x, *telling.values()))):
@@ -108,7 +106,6 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     longest, tokens = max(lengths), sum(lengths)
     if tokens == b * n and not one_row:
         return None
-
     layout = best_fit_decreasing(lengths, tokens if one_row else longest)
     packs = one_row or pays(layout, len(lengths))
     layout = layout if packs else one_to_a_row(lengths, longest)
@@ -121,10 +118,6 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
 
 
 def pays(packed: Layout, sequences: int) -> bool:
-    """Tell whether packed rows are quicker than one sequence a row, both as wide as the longest.
-
-    Packed rows need a mask, (b, 1, m, m), where causal attention needs none: a row costs up to 1 + m / 512 times as
-    much.
-    """
+    """Tell whether packed rows are quicker than one sequence a row, both m wide: their mask makes a row cost more."""
     rows, m = packed.shape
-    return rows * (1 + m / MASK_FREE_WIDTH) < sequences
+    return rows * (1 + m / 512) < sequences  # causal attention alone needs no mask, (b, 1, m, m)
