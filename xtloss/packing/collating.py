@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from xtloss.arguments import ARGUMENTS
-from xtloss.packing.layout import (
-    CPU,
-    MAX_LEN,
-    as_tensors,
-    best_fit_decreasing,
-    check_max_len,
-    lay_out,
-    one_to_a_row,
-    sequence_numbers,
-    token_index,
-)
+from xtloss.packing import layout as laying
+from xtloss.packing.layout import CPU, MAX_LEN, as_tensors, lay_out
 
-LAYOUTS = {'padded': one_to_a_row, 'packed': best_fit_decreasing}
+LAYOUTS = {'padded': laying.one_to_a_row, 'packed': laying.best_fit_decreasing}
 DTYPES = {'integer': torch.int64, 'bool': torch.bool, 'floating point': torch.float32}  # of lists, by their kind
 
 
@@ -61,12 +52,10 @@ def collate(
             ``'lens'`` or ``'segment_ids'``, which are made here; a length other than that of ``x``.
 
     """
-    if not isinstance(layout, str):
-        raise TypeError(f'layout must be a string, got {type(layout).__name__}')
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
     if max_len is not None:
-        check_max_len(max_len)
+        laying.check_max_len(max_len)
     limit = MAX_LEN if max_len is None else int(max_len)
     columns = {
         name: as_tensors(name, sequences, limit, dtype_of_lists(name)) for name, sequences in by_name(examples).items()
@@ -78,26 +67,23 @@ def collate(
                 raise ValueError(f'{name}[{k}] must have {lengths[k]} tokens like x[{k}], got {t.numel()}')
 
     n = max(lengths, default=1) if max_len is None else limit
-    index = token_index(LAYOUTS[layout](lengths, n))
+    index = laying.token_index(LAYOUTS[layout](lengths, n))
     columns['x'] = columns['x'] or [torch.empty(0, dtype=torch.int64, device=CPU)]
     batch = {name: lay_out(tensors, index, pad_value if name == 'x' else 0) for name, tensors in columns.items()}
     device = batch['x'].device
     if layout == 'packed':
-        return {**batch, 'segment_ids': sequence_numbers(lengths)[index].to(device)}
+        return {**batch, 'segment_ids': laying.sequence_numbers(lengths)[index].to(device)}
     return {**batch, 'lens': torch.tensor(lengths, dtype=torch.int64, device=CPU).to(device)}
 
 
 def by_name(examples: Sequence[Any]) -> dict[str, list[Any]]:
     """Turn a list of examples into the list of what is under each name; a sequence that is no dict is an ``'x'``."""
-    if not isinstance(examples, Sequence):
-        raise TypeError(f'examples must be a list of sequences or of dicts, got {type(examples).__name__}')
     rows = [example if isinstance(example, Mapping) else {'x': example} for example in examples]
-    names = [*rows[0]] if rows else ['x']
-    wanted = {'x', *names} - {'lens', 'segment_ids'}  # which are made here
+    wanted = {'x', *(rows[0] if rows else ())} - {'lens', 'segment_ids'}  # which are made here
     for k, row in enumerate(rows):
         if row.keys() != wanted:
             raise ValueError(f'examples[{k}] must have the keys {sorted(wanted)}, got {sorted(row)}')
-    return {name: [row[name] for row in rows] for name in names}
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else wanted)}
 
 
 def dtype_of_lists(name: str) -> torch.dtype | None:

@@ -4,14 +4,14 @@ Dims: s sequences, t tokens of all of them together, b rows, n positions in a ro
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from xtloss.arguments import SIGNED, check, dtype_name, is_integer, is_number, plain
+from xtloss.arguments import SIGNED, check, dtype_name, is_integer, plain
 
 CPU = torch.device('cpu')  # where lists and arrays lie, whatever the default device
 MAX_LEN = 2**31 - 1  # flash-attn counts the positions of a row in int32
@@ -49,9 +49,9 @@ def pack(sequences: Sequence[Any], max_len: int, pad_value: float = 0) -> tuple[
         segment_ids: (b, n) int64, 1 + the index in the input of the sequence that lies there, 0 = padding.
 
     Raises:
-        TypeError: sequences of several dtypes, `max_len` no int, `pad_value` of another kind.
-        ValueError: a sequence is empty, longer than `max_len`, not 1-D or on another device; a number out of range.
-        What `torch.as_tensor` raises for what is no sequence of numbers.
+        TypeError: sequences of several dtypes, `max_len` no int, `pad_value` no integer among integers.
+        ValueError: a sequence is empty, longer than `max_len` or not 1-D; `max_len` out of range.
+        What torch raises for what is no sequence of numbers, devices that differ, a `pad_value` out of range.
 
     Source: best-fit decreasing as in Johnson, "Near-optimal bin packing algorithms", 1973; for language models Ding et
     al., "Fewer truncations improve language modeling", 2024, https://arxiv.org/abs/2404.10830.
@@ -103,8 +103,7 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
 
 def best_fit_decreasing(lengths: Sequence[int], max_len: int) -> Layout:
     """Plan the rows of `pack`, in O(s log s); lengths must lie in [1, max_len]."""
-    row, start = [0] * len(lengths), [0] * len(lengths)
-    rows = 0
+    row, start, rows = [0] * len(lengths), [0] * len(lengths), 0
     # Open rows are (positions filled, -row). As lengths only fall, a row that a length fits into stays so, and what is
     # left of the best fit has less room than all other fitting rows: those form a stack, the best fit always on top.
     fitting: list[tuple[int, int]] = []
@@ -149,7 +148,8 @@ def sequence_numbers(lengths: Sequence[int]) -> Tensor:
 def lay_out(sequences: Sequence[Tensor], index: Tensor, pad_value: float) -> Tensor:
     """(b, n): of all sequences end to end, the token that `index` names, from 1 on; the padding where it is 0."""
     dtype = sequences[0].dtype
-    check_pad_value(pad_value, dtype)
+    if not dtype.is_floating_point and not dtype.is_complex and not is_integer(pad_value) and pad_value is not False:
+        raise TypeError(f'pad_value must be an integer for {dtype_name(dtype)} sequences, got {pad_value!r}')
     padding = sequences[0].new_full((1,), plain(pad_value))
     tokens = torch.cat([as_signed(t) for t in (padding, *sequences)])  # (1 + t,)
     x = tokens[index.to(tokens.device)]
@@ -162,22 +162,16 @@ def as_signed(t: Tensor) -> Tensor:
 
 
 def as_tensors(
-    name: str, sequences: Sequence[Any], max_len: int = MAX_LEN, dtype_of_lists: torch.dtype | None = None
+    name: str, sequences: Iterable[Any], max_len: int, dtype_of_lists: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Return sequences as 1-D tensors of 1 … max_len tokens, of one dtype and device; see `pack` for what it raises."""
-    if not isinstance(sequences, Sequence):
-        raise TypeError(f'{name} must be a list of sequences, got {type(sequences).__name__}')
+    """Return sequences as 1-D tensors of 1 … max_len tokens, of one dtype; see `pack` for what it raises."""
     tensors = [as_tensor(f'{name}[{k}]', sequence, dtype_of_lists) for k, sequence in enumerate(sequences)]
     for k, t in enumerate(tensors):
-        first = tensors[0]
-        if t.ndim != 1:
-            raise ValueError(f'{name}[{k}] must be 1-D, got shape {tuple(t.shape)}')
-        if not 1 <= t.numel() <= max_len:
-            raise ValueError(f'{name}[{k}] must have 1 to {max_len} tokens, got {t.numel()}')
-        if t.dtype != first.dtype or t.device != first.device:
-            error = ValueError if t.dtype == first.dtype else TypeError
-            wanted, got = (f'{dtype_name(of.dtype)} on {of.device}' for of in (first, t))
-            raise error(f'{name}[{k}] must be {wanted} like {name}[0], got {got}')
+        if t.ndim != 1 or not 1 <= t.numel() <= max_len:
+            raise ValueError(f'{name}[{k}] must be 1-D, of 1 to {max_len} tokens, got shape {tuple(t.shape)}')
+        if t.dtype != tensors[0].dtype:
+            wanted = dtype_name(tensors[0].dtype)
+            raise TypeError(f'{name}[{k}] must be {wanted} like {name}[0], got {dtype_name(t.dtype)}')
     return tensors
 
 
@@ -188,7 +182,7 @@ def as_tensor(name: str, sequence: Any, dtype_of_lists: torch.dtype | None) -> T
     if hasattr(sequence, '__array_interface__'):  # torch warns of read-only arrays, and takes no other byte order
         return torch.as_tensor(sequence.astype(sequence.dtype.newbyteorder('=')), device=CPU)
     t = torch.as_tensor(sequence, device=CPU)
-    if dtype_of_lists in (None, t.dtype):
+    if dtype_of_lists is None:
         return t
     if t.is_floating_point() and t.numel() > 0 and not dtype_of_lists.is_floating_point:  # torch would cut 2.5 to 2
         raise TypeError(f'{name} must hold numbers of {dtype_name(dtype_of_lists)}, got {dtype_name(t.dtype)}')
@@ -200,17 +194,3 @@ def check_max_len(max_len: int) -> None:
     check({'max_len': 'count'}, {'max_len': max_len})
     if max_len > MAX_LEN:
         raise ValueError(f'max_len must be at most {MAX_LEN}, got {max_len}')
-
-
-def check_pad_value(pad_value: Any, dtype: torch.dtype) -> None:
-    """Raise TypeError or ValueError for a number that integers, or bools, cannot hold: torch rounds or wraps it."""
-    is_whole = isinstance(pad_value, bool) or is_integer(pad_value)
-    if not is_whole and not is_number(pad_value):
-        raise TypeError(f'pad_value must be a number, got {type(pad_value).__name__}')
-    if dtype.is_floating_point or dtype.is_complex:
-        return
-    if not is_whole:
-        raise TypeError(f'pad_value must be an integer for {dtype_name(dtype)} sequences, got {pad_value}')
-    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    if not low <= plain(pad_value) <= high:
-        raise ValueError(f'pad_value must be in [{low}, {high}] for {dtype_name(dtype)} sequences, got {pad_value}')

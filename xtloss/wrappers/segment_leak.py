@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import module as all_modules
 from x_transformers.x_transformers import TransformerWrapper
 
-from xtloss.arguments import OF_NETWORK, refuse_unknown
+from xtloss.arguments import OF_NETWORK, keywords, refuse_unknown
 from xtloss.wrappers.measurement import Leak, measure
 
 LIMIT = 1e-3  # rounding was seen at 2e-4, in looped networks
@@ -57,7 +57,7 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
     if not isinstance(net, nn.Module):
         raise TypeError(f'net must be a torch.nn.Module, got {type(net).__name__}')
     if isinstance(net, TransformerWrapper):
-        refuse_unknown('segment_leak()', network_kwargs, OF_NETWORK)
+        refuse_unknown('segment_leak()', network_kwargs, OF_NETWORK + keywords(type(net).forward))
     return kept_leak(net, {k: v for k, v in network_kwargs.items() if v is not None}, anew=True).size
 
 
