@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
+from xtloss.wrappers.masks import segment_arguments
 from xtloss.wrappers.segment_leak import why_not_apart
-from xtloss.wrappers.segments import segment_arguments
 
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from xtloss.arguments import INTEGERS, check, is_integer, is_number, keywords, refuse_unknown
-from xtloss.tensors import widened
+from xtloss.arguments import INTEGERS, check, is_integer, is_number, keywords, refuse_unknown, widened
 
 X = torch.zeros(2, 3, dtype=torch.long)
 

@@ -14,7 +14,7 @@ from sharding import fsdp2
 from torch.nn.parallel import DistributedDataParallel
 
 from xtloss import AutoregressiveWrapper
-from xtloss.weighting.global_normalizer import global_normalizer
+from xtloss.weighting.weights import global_normalizer
 
 WEIGHTINGS = ['token', 'sequence', 'square']
 

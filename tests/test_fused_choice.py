@@ -26,7 +26,7 @@ def fusings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append(tuple(embed.shape))
         return linear_cross_entropy(embed, *args, **kwargs)
 
-    monkeypatch.setattr('xtloss.wrappers.token_losses.linear_cross_entropy', spy)
+    monkeypatch.setattr('xtloss.wrappers.rows.linear_cross_entropy', spy)
     return seen
 
 

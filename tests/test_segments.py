@@ -18,7 +18,7 @@ from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention, AttentionLayers, FeedForward
 
 from xtloss import AutoregressiveWrapper, segment_leak
-from xtloss.wrappers.segments import segment_arguments
+from xtloss.wrappers.masks import segment_arguments
 
 # an id that returns is another sequence; padding before, behind, none
 IDS = torch.tensor([[0, 0, 7, 7, 7, 7, 3, 3, 7, 7, 2, 2], [4, 4, 4, 4, 4, 4, 4, 9, 9, 0, 0, 0]])

@@ -3,8 +3,7 @@
 from xtloss.losses.linear_cross_entropy import linear_cross_entropy
 from xtloss.packing.collating import collate
 from xtloss.packing.layout import pack, unpack
-from xtloss.weighting.global_normalizer import global_normalizer
-from xtloss.weighting.weights import LossBreakdown
+from xtloss.weighting.weights import LossBreakdown, global_normalizer
 from xtloss.wrappers.autoregressive import AutoregressiveWrapper
 from xtloss.wrappers.continuous import ContinuousAutoregressiveWrapper
 from xtloss.wrappers.segment_leak import segment_leak

@@ -7,11 +7,13 @@ Dims: b batch, n positions, d features, p prepended embeddings, m positions of a
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from x_transformers.continuous import ContinuousTransformerWrapper
 from x_transformers.x_transformers import AttentionLayers, TransformerWrapper
 
@@ -58,12 +60,11 @@ ARGUMENTS = {
     'condition': Argument('', 'fuses unpads travels'),
     'cache': Argument('', 'apart framewise'),
     'flash_pack_seq_kwargs': Argument('', 'fuses apart framewise'),
-    'in_attn_cond': Argument('', 'fuses framewise'),
-    'rotary_pos_emb': Argument('', 'fuses framewise'),
-    'polar_pos_emb': Argument('', 'fuses framewise'),
-    'attn_bias': Argument('', 'fuses framewise'),
-    'self_attn_kv_residuals': Argument('', 'fuses framewise'),
     'deep_embeds_and_ids': Argument('', 'framewise'),
+    **dict.fromkeys(
+        'in_attn_cond rotary_pos_emb polar_pos_emb attn_bias self_attn_kv_residuals'.split(),
+        Argument('', 'fuses framewise'),
+    ),
     **dict.fromkeys(
         'transform_token_embeds transform_block_inputs recycle_steps attn_z_loss_weight token_emb_kwargs context '
         'context_mask context_pos self_attn_additional_kv additional_kv_mask detach_additional_kv '
@@ -126,11 +127,8 @@ def check(
     ``n+`` is n or more, ``...`` any dims. ``'list of bool: b n'`` is a list of such tensors, or None. Tensors must be
     dense, and on the device of the first.
 
-    Raises:
-        TypeError: a value of the wrong type or dtype.
-        ValueError: of the wrong shape, device or range. Every message names the argument, the rule and what came; that
-            of a shape ends in the argument's note.
-
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or range. Every message names the
+    argument, the rule and what came; that of a shape ends in the argument's note.
     """
     first = device = None
     for argument, rule in rules.items():
@@ -198,7 +196,7 @@ def _shown(dims: list[str], sizes: Mapping[str, int]) -> str:
     return f'({", ".join(shown)}{"," * (len(shown) == 1)})'
 
 
-# numbers and dtypes
+# numbers, dtypes and tensors
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -220,3 +218,33 @@ def plain(number: Any) -> float:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return float32, as people write it."""
     return str(dtype).removeprefix('torch.')
+
+
+def has_values(t: Tensor) -> bool:
+    """Tell whether there is something to read: neither on the meta device, nor where shapes alone are traced."""
+    return not t.is_meta and not is_fake(t)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Return a tree of dicts, lists, tuples and dataclasses with each tensor in it replaced by the function's."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        parts = (map_tensors(function, part) for part in value)
+        return type(value)(*parts) if hasattr(value, '_fields') else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        return replace(value, **{name: map_tensors(function, getattr(value, name)) for name in names})
+    return value
+
+
+def widened(t: Tensor) -> Tensor:
+    """Return integers as int64, with which torch can compute, and nothing wraps; other tensors as they are."""
+    return t.long() if t.dtype in INTEGERS else t
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of losses, weights and sums: float32, or wider where the logits are wider."""
+    return torch.promote_types(dtype, torch.float32)

@@ -13,13 +13,13 @@ Dims: N tokens, d width, v vocabulary, r tokens of a chunk.
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from xtloss.arguments import has_values, loss_dtype
 from xtloss.losses.cross_entropy import chunks, exp_others_, softplus
-from xtloss.tensors import has_values, loss_dtype
 
 
 class Problem(NamedTuple):
@@ -35,14 +35,8 @@ class Problem(NamedTuple):
     needs_grad: list[bool]  # of embed, weight, bias
 
 
-class LossAndGrads(NamedTuple):
-    """In float32 or wider, and of the shapes of a `Problem`; None for a gradient that is not asked for."""
-
-    loss: Tensor  # ()
-    token_loss: Tensor  # (N,)
-    embed: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+# the loss, (), and token losses, (N,), in float32 or wider; gradients of embed, weight and bias, None if not asked for
+LossAndGrads: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -105,14 +99,11 @@ def loop_of_cpu(p: Problem) -> LossAndGrads:
             if grad_weight is not None:
                 grad_weight += g.t() @ x.to(grad_dtype)
 
-    return LossAndGrads((p.token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
+    return (p.token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias
 
 
 def logits_buffer(r: int, v: int, dtype: torch.dtype, device: torch.device, *, blas: bool) -> Tensor:
-    """Make a tensor for the logits of a chunk, (r, v): where a CPU's BLAS fills it, by columns of whole cache lines.
-
-    MKL is slower at writing a product as a few wide rows.
-    """
+    """Make room for the logits of a chunk, (r, v): by columns of whole cache lines for MKL, slow at a few wide rows."""
     if device.type != 'cpu' or not blas:
         return torch.empty(r, v, dtype=dtype, device=device)
     line = 64 // dtype.itemsize
@@ -172,7 +163,7 @@ def loop_of_accelerator(p: Problem) -> LossAndGrads:
             del g
         del z  # before the next chunk's is made, or there are two
 
-    return LossAndGrads((token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias)
+    return (token_weight * token_loss).sum(), token_loss, grad_embed, grad_weight, grad_bias
 
 
 def row_terms(z: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor) -> tuple[Tensor, ...]:

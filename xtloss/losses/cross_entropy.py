@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from xtloss.tensors import loss_dtype
+from xtloss.arguments import loss_dtype
 
 CHUNK_BYTES = 64 * 2**20  # of logits at once: enough for efficient matrix products, little beside all logits
 

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from xtloss.arguments import check
+from xtloss.arguments import check, loss_dtype
 from xtloss.losses import chunked
 from xtloss.losses.chunked import LossAndGrads, Problem
 from xtloss.losses.cross_entropy import CHUNK_BYTES
-from xtloss.tensors import loss_dtype
 
 RULES = {
     'embed': 'floating point: N d',
@@ -81,7 +80,9 @@ def linear_cross_entropy(
     options = {name: value for name, value in {'bias': bias, 'chunk_size': chunk_size}.items() if value is not None}
     check(RULES, {'embed': embed, 'weight': weight, 'target': target, 'token_weight': token_weight, **options})
 
-    dtype = products_dtype(embed, weight)
+    device, dtype = embed.device.type, torch.promote_types(embed.dtype, weight.dtype)  # of the products
+    if device != 'meta' and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     inputs = embed, weight, bias
     needs_grad = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     settings = int(chunk_size or 0), dtype, needs_grad
@@ -93,18 +94,8 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(*tensors, *settings)
 
 
-def products_dtype(embed: Tensor, weight: Tensor) -> torch.dtype:
-    """Autocast's where it is on, which leaves float64 alone; else the wider of the two."""
-    device, dtype = embed.device.type, torch.promote_types(embed.dtype, weight.dtype)
-    autocast = device != 'meta' and torch.is_autocast_enabled(device)  # meta has none
-    return torch.get_autocast_dtype(device) if autocast and dtype != torch.float64 else dtype
-
-
 def default_chunk_size(n: int, weight: Tensor, dtype: torch.dtype, *, accelerated: bool) -> int:
-    """Return how many tokens a chunk has, for n tokens whose logits are kept in `dtype`; alike, in whole blocks.
-
-    Its logits take at most `CHUNK_BYTES`, or what the gradient of the weight takes, but 384 tokens of that on a CPU.
-    """
+    """Return how many tokens a chunk has: their logits take `CHUNK_BYTES` at most, or as much as the gradient."""
     block = 64  # of tokens, for the tiles that products are made of
     of_token, gradient = max(1, weight.shape[0]) * dtype.itemsize, weight.numel() * weight.dtype.itemsize
     most = max(CHUNK_BYTES // of_token, gradient // of_token if accelerated else min(384, gradient // of_token), 1)

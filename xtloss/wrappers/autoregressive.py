@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper as Upstream
 
-from xtloss.arguments import OF_LOSS, having, keywords, refuse_given
-from xtloss.tensors import has_values, loss_dtype
+from xtloss.arguments import OF_LOSS, has_values, having, keywords, loss_dtype, refuse_given
 from xtloss.weighting.targets import Targets, next_tokens, real_positions
 from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, breakdown_of
 from xtloss.wrappers import base
 from xtloss.wrappers.head import fused_head
-from xtloss.wrappers.rows import Outputs, network_rows
+from xtloss.wrappers.rows import Outputs, check_outputs, loss_from_embeds, network_rows, next_embed_loss, token_losses
 from xtloss.wrappers.segment_leak import why_not_apart
-from xtloss.wrappers.token_losses import check_outputs, loss_from_embeds, next_embed_loss, token_losses
 from xtloss.wrappers.unpad import TELLING, refuse_unpad, unpads
 
 APART = dict.fromkeys(having('apart'), 'the masks and positions of shared rows have no place for it')
@@ -138,7 +136,7 @@ class AutoregressiveWrapper(base.LossWrapper, Upstream):  # type: ignore[misc]
             'lens': lens, 'mask': mask, 'loss_mask': loss_mask, 'loss_weight': loss_weight,
             'segment_ids': segment_ids, 'normalizer': normalizer, **kwargs,
         })  # fmt: skip
-        require_apart(self, x, given)
+        require_apart(self, x, given)  # here alone: elsewhere the weights of a sharded network are not whole
         loss, outputs, breakdown = base.on_rows(loss_outputs_breakdown, self, x, given)
         returned = (loss, *([outputs] if return_outputs else []), *([breakdown] if return_breakdown else []))
         return returned if len(returned) > 1 else loss
@@ -159,10 +157,7 @@ def check_tokens(wrapper: AutoregressiveWrapper, x: Tensor, given: dict[str, Any
 
 
 def require_apart(wrapper: AutoregressiveWrapper, x: Tensor, given: dict[str, Any]) -> None:
-    """Raise ValueError where sequences are to share rows, and the network does not keep them apart, as it measures.
-
-    In forward alone: elsewhere the weights of a sharded network are not whole.
-    """
+    """Raise ValueError where sequences are to share rows, and the network, as it measures, does not keep them apart."""
     unpad = unpads(wrapper, given) and (torch.compiler.is_compiling() or has_values(x))  # else it goes as it came
     if wrapper.trust_segments or not (unpad or 'segment_ids' in given):
         return
@@ -238,8 +233,7 @@ def looped_losses(nll: Tensor, exit_logits: Tensor, *, slope: float, threshold: 
 
     loss = nll · exit probability. The exit loss is the binary cross-entropy of each loop's gate, but the last's, to
     sigmoid(slope · (nll[loop + 1] - nll[loop] + threshold)): whether to stop because the next loop gains too little.
-    A single loop has none. Zhu et al., Scaling Latent Reasoning via Looped Language Models, 2025,
-    https://arxiv.org/abs/2510.25741, as x-transformers trains them.
+    Zhu et al., Scaling Latent Reasoning via Looped Language Models, 2025, https://arxiv.org/abs/2510.25741.
     """
     exit_target = torch.sigmoid(slope * (nll[1:] - nll[:-1] + threshold)).detach()
     exit_loss = F.binary_cross_entropy_with_logits(exit_logits[:-1], exit_target, reduction='none')  # (l-1, b, n-1)

@@ -16,10 +16,11 @@ from xtloss.arguments import (
     check,
     check_kind,
     having,
+    map_tensors,
     refuse_given,
     refuse_unknown,
+    widened,
 )
-from xtloss.tensors import map_tensors, widened
 from xtloss.weighting.targets import Targets, count_targets
 from xtloss.weighting.weights import Weighting, batch_normalizer, resolve_weighting
 from xtloss.wrappers.head import is_untouched, tie_heads, why_not_fused
@@ -44,10 +45,7 @@ FINDINGS: dict[str, Callable[[Any], Any]] = {
 
 
 class LossWrapper(nn.Module):
-    """A wrapper whose options are plain attributes, which may be set at any time, and have defaults here.
-
-    So a subclass that skips the constructors, or a whole model pickled with upstream's wrapper, has them too.
-    """
+    """A wrapper with options that have defaults, also in a subclass that skips the constructors, or in old pickles."""
 
     net: Any
     equal_loss_weight_batch: bool = False
@@ -94,10 +92,7 @@ class LossWrapper(nn.Module):
 
 
 def shows_upstream(upstream: Callable[..., Any]) -> Callable[[F], F]:
-    """Have a function, which hands its ``**kwargs`` on, show the parameters of upstream's in its signature.
-
-    Whoever filters a config by the signature would lose them without a word.
-    """
+    """Have a function that hands ``**kwargs`` on show upstream's parameters, for whoever filters a config by them."""
 
     def decorate(function: F) -> F:
         theirs, ours = (inspect.signature(f).parameters for f in (upstream, function))
@@ -126,10 +121,9 @@ def check_options(wrapper: Any) -> None:
     for name in ('unpad', 'trust_segments'):
         check_kind(name, getattr(wrapper, name, False), 'flag')
     fused = getattr(wrapper, 'fused', False)
-    if not isinstance(fused, (bool, str)):
-        raise TypeError(f"fused must be bool or 'auto', got {type(fused).__name__}")
-    if isinstance(fused, str) and fused != 'auto':
-        raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
+    if not isinstance(fused, bool) and not (isinstance(fused, str) and fused == 'auto'):
+        error = ValueError if isinstance(fused, str) else TypeError
+        raise error(f"fused must be True, False or 'auto', got {fused!r}")
 
 
 def weighting_of(wrapper: Any) -> Weighting:
@@ -160,8 +154,7 @@ def check_call(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Check all that a wrapper was given, by name; return it without what is None, and ids as int64, which never wrap.
 
-    `names` are what the wrapper's forward takes, and `unread` is how many positions of x a mask of the keys need not
-    tell of. What is `refused` is so with a reason. Raises TypeError for an argument of another wrapper too.
+    `names` are those that its forward takes; a mask of keys may leave out `unread` positions; `refused` has reasons.
     """
     check_options(wrapper)
     given = {name: value for name, value in given.items() if value is not None}
@@ -198,8 +191,8 @@ def counted_targets(wrapper: Any, x: Tensor, given: dict[str, Any]) -> Targets:
 def on_rows(loss: Callable[..., Any], wrapper: Any, x: Tensor, given: dict[str, Any]) -> Any:
     """Return what ``loss(wrapper, x, given, has_rows=True)`` returns; of no rows too, though no network runs on them.
 
-    One row in which nothing counts stands in for them, and is taken away again from all that is returned. A
-    data-parallel rank that got no rows must run the network all the same, or the others wait for it for ever.
+    One row in which nothing counts stands in for them, and is taken away again from all that is returned: a rank that
+    got no rows must run the network all the same, or the others wait for it for ever.
     """
     if len(x) > 0:
         return loss(wrapper, x, given, has_rows=True)
@@ -211,7 +204,6 @@ def on_rows(loss: Callable[..., Any], wrapper: Any, x: Tensor, given: dict[str, 
 
 
 def add_row(t: Tensor) -> Tensor:
-    """Give a tensor of no rows one: zeros, or True where it is a mask."""
-    if t.ndim == 0 or t.shape[0] > 0:
-        return t
-    return torch.cat([t, t.new_full((1, *t.shape[1:]), t.dtype == torch.bool)])  # in the graph of t
+    """Give a tensor of no rows one, in its graph: zeros, or True where it is a mask."""
+    no_rows = t.ndim > 0 and t.shape[0] == 0
+    return torch.cat([t, t.new_full((1, *t.shape[1:]), t.dtype == torch.bool)]) if no_rows else t

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from x_transformers.continuous import ContinuousAutoregressiveWrapper as Upstream
 from x_transformers.continuous import GaussianNLL
 
-from xtloss.arguments import COUNTING, OF_LOSS, having, keywords, refuse_given
-from xtloss.tensors import loss_dtype
+from xtloss.arguments import COUNTING, OF_LOSS, having, keywords, loss_dtype, refuse_given
 from xtloss.weighting.targets import next_tokens, real_positions
 from xtloss.weighting.weights import WEIGHTINGS, LossBreakdown, batch_weights, breakdown_of
 from xtloss.wrappers import base
@@ -182,8 +181,7 @@ def inputs_and_arguments(net: Any, x: Tensor, given: dict[str, Any]) -> tuple[Te
 def gaussian_nll(predicted: Tensor, target: Tensor) -> Tensor:
     """`F.gaussian_nll_loss` of each element, (...), in nats: ½ · (log variance + (mean - target)² / variance).
 
-    `predicted` is a mean and a variance, (2, ...). That is taken as 1e-6 at least; where it is negative, NaN comes out:
-    torch looks at its values instead, which neither meta tensors nor tracers have.
+    The variance is taken as 1e-6 at least; where it is negative, NaN comes out. torch would look at its values.
     """
     mean, variance = predicted
     least = variance.detach().clamp(min=1e-6).masked_fill(variance < 0, torch.nan)

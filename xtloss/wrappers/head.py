@@ -37,22 +37,19 @@ class LinearHead(NamedTuple):
 
 
 class TiedHead:
-    """The head of a network with `tie_embedding`, in place of x-transformers' lambda, which cannot follow a copy.
-
-    `copy.deepcopy` and `pickle` copy it together with its network, so that the copy reads its own embedding.
-    """
+    """The head of a network with `tie_embedding`: unlike x-transformers' lambda it is copied with its network."""
 
     def __init__(self, net: Any) -> None:
         self.net = net
 
     def __call__(self, embed: Tensor) -> Tensor:
         """Return logits, (..., v), of embeddings, (..., d)."""
-        return (embed @ self.net.token_emb.emb.weight.t()) * tied_scale(self.net)
+        return (embed @ self.net.token_emb.emb.weight.t()) * self.scale
 
-
-def tied_scale(net: Any) -> float:
-    """Return the factor of the logits of a tied head; x-transformers 2.20 has none."""
-    return getattr(net, 'tie_embedding_scale', 1.0)
+    @property
+    def scale(self) -> float:
+        """The factor of the logits, which x-transformers 2.20 does not have."""
+        return getattr(self.net, 'tie_embedding_scale', 1.0)
 
 
 def tie_heads(module: nn.Module) -> None:
@@ -64,10 +61,7 @@ def tie_heads(module: nn.Module) -> None:
 
 
 def fused_head(wrapper: Any, given: dict[str, Any], why_not: str | None = None) -> LinearHead | None:
-    """Return the head where head and loss are one in a call with these arguments, else None.
-
-    Raises ValueError where ``fused=True``, and they cannot be one: for the reason `why_not`, or one found here.
-    """
+    """Return the head where head and loss are one in such a call, else None; ValueError where they must be one."""
     if wrapper.fused is False:
         return None
     others = [name for name in given if name not in FUSING]
@@ -87,15 +81,11 @@ def linear_head(net: Any) -> LinearHead:
     """Return the head of a network for which `why_not_fused` has no objection."""
     if isinstance(net.to_logits, nn.Linear):
         return LinearHead(net.to_logits.weight, net.to_logits.bias, 1.0)
-    return LinearHead(net.token_emb.emb.weight, None, tied_scale(net))
+    return LinearHead(net.token_emb.emb.weight, None, net.to_logits.scale)
 
 
 def why_not_fused(net: Any) -> str | None:
-    """Return why head and loss of a network cannot be one; None if they can.
-
-    They can for exactly x-transformers' TransformerWrapper with exactly an nn.Linear or its own tied embedding for a
-    head, as they were written, with plain weights, and nothing between.
-    """
+    """Return why head and loss of a network cannot be one; None if they can: an unaltered class, head and weights."""
     if type(net) is not TransformerWrapper:
         return f'the network is a {type(net).__name__}, not a TransformerWrapper'
     if not is_untouched(net):

@@ -32,8 +32,7 @@ def memory_length(mems: Sequence[Tensor | None] | None) -> int:
 
 def memory_tokens(net: Any) -> int:
     """Return how many of its own tokens the network puts before every row."""
-    tokens = getattr(net, 'memory_tokens', None)
-    return 0 if tokens is None else len(tokens)
+    return len(getattr(net, 'memory_tokens', ()))
 
 
 def prepended_length(arguments: dict[str, Any]) -> int:
@@ -149,21 +148,11 @@ def takes_lengths(net: nn.Module) -> bool:
     return any(isinstance(m, Attend) and bool(m.flash and m.flash_pack_seq) for m in net.modules())
 
 
-def segment_arguments(
-    net: nn.Module,
-    segment_ids: Tensor,  # (b, n) integer
-    arguments: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the arguments of the network's forward with which it computes each run of equal ids as if it were alone.
+def segment_arguments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the network's arguments with which it computes each run of equal ids, (b, n), as if it were alone.
 
     `attn_mask` is joined with the causal mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each
-    run, but only where the embedding is absolute: relative encodings need none. A network built with
-    `attn_flash_pack_seq` is handed `flash_pack_seq_kwargs` instead of a mask. Padding is a run like any other.
-    Whether the network heeds them is for `segment_leak` to say.
-
-    Raises:
-        ValueError: several rows for `attn_flash_pack_seq`, which would read the lengths of the first.
-
+    run, but only where the embedding is absolute: relative encodings need none. Padding is a run like any other.
     """
     run = F.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(dim=-1), (1, 0))  # (b, n), from 0 in each row
     if takes_positions(net):
@@ -184,9 +173,8 @@ def segment_arguments(
 def variable_lengths(run: Tensor) -> dict[str, Any]:
     """(1, n) run numbers -> the arguments of flash-attn's `flash_attn_varlen_func` for self-attention inside the runs.
 
-    cu_seqlens, (s + 1,) int32, holds where each of the s runs starts, and n. Its size depends on the data: a host sync.
-    Under torch.compile there is none, and it has n + 1 entries, the rest of them n: empty runs, each of which costs the
-    backward of flash-attn 128 rows of a buffer.
+    cu_seqlens, (s + 1,) int32, holds where each of the s runs starts, and n: a host sync. Under torch.compile there is
+    none, and it has n + 1 entries, the rest of them n: empty runs, which cost the backward of flash-attn some memory.
     """
     n = run.shape[1]
     starts = F.pad(run[0].diff() > 0, (1, 0), value=True)  # (n,)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from x_transformers.x_transformers import TransformerWrapper
 
-from xtloss.tensors import map_tensors, widened
+from xtloss.arguments import map_tensors, widened
 from xtloss.wrappers.masks import segment_arguments, takes_lengths
 
 WIDEST = 256
@@ -30,10 +30,7 @@ class Leak(NamedTuple):
 
 
 def measure(net: nn.Module, arguments: Mapping[str, Any]) -> Leak:
-    """Measure how far sequences that share a row move each other; the network and all random streams stay as they were.
-
-    `arguments` are those of the network, for any batch: the first row of each tensor goes to every row.
-    """
+    """Measure how far sequences that share a row move each other, with the first row of each argument in every row."""
     modes, buffers = [(module, module.training) for module in net.modules()], dict(net.named_buffers())
     devices = {p.device for p in net.parameters()} or {torch.device('cpu')}
     device = next(iter(devices))
@@ -60,12 +57,11 @@ def measure(net: nn.Module, arguments: Mapping[str, Any]) -> Leak:
 
 
 def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device, outputs: Callable[..., Tensor]) -> Leak:
-    """Compare outputs that must be equal.
+    """Compare outputs that must be equal when every other sequence becomes another, or the rest, or the last tokens.
 
-    Every other sequence becomes another, then the rest, then the last token of each, in evaluation, and in training
-    mode with gradients on, as a module may mix in one of them alone. In evaluation each sequence is compared with
-    itself in a row of its own, too. There products of another size round otherwise, in TF32 or bfloat16 by more than a
-    leak that counts: what weights with another last digit change as well is rounding.
+    In training mode too, with gradients on, as a module may mix in one of them alone. In evaluation each sequence is
+    compared with itself in a row of its own as well. There products of another size round otherwise, in TF32 by more
+    than a leak that counts: what weights with another last digit change as much is rounding.
     """
     inner: Any = next((m for m in net.modules() if isinstance(m, TransformerWrapper)), net)
     if getattr(inner, 'recycling', False):
@@ -116,10 +112,7 @@ def network_outputs(
     given: dict[str, Any],
     nudge: float = 1,
 ) -> Tensor:
-    """Return all that a network predicts from each token, (b, n, f) float32, with `weights` times `nudge`.
-
-    It always begins with the same random numbers and buffers, whatever it does with them.
-    """
+    """Return all that a network predicts from each token, (b, n, f), with these weights, buffers and random numbers."""
     given = {'return_intermediates': True, 'looped_pred_all_logits': True, **given}
     state = {name: as_float32(t) for name, t in buffers.items()}
     state |= {name: t * nudge if nudge != 1 and t.is_floating_point() else t for name, t in weights.items()}
@@ -188,10 +181,7 @@ def width(arguments: Mapping[str, Any]) -> int:
 
 
 def of_first_row(name: str, span: slice, t: Tensor) -> Tensor:
-    """Return the part of an argument that is for some tokens of the first row.
-
-    What it holds at padding must not decide: masks hide nothing, and what is not finite is 0.
-    """
+    """Return the part of an argument for some tokens of the first row; masks hide nothing, what is not finite is 0."""
     t = t.new_zeros(1, *t.shape[1:]) if t.ndim and not len(t) else t  # a batch of no rows
     t = torch.ones_like(t) if t.dtype == torch.bool else widened(as_float32(t))
     t = torch.nan_to_num(t, posinf=0, neginf=0) if t.is_floating_point() else t

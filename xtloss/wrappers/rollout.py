@@ -34,11 +34,9 @@ def roll_out(
         out[:, s] = net(x[:c], frame[0], ..., frame[s - 1])[-1]                          s = 0 … k-1, in each row
         frame[s] = out[:, s], or mean + √max(variance, 1e-5) · ε                 ε = torch.randn(b, 1, d) a step
 
-    Every frame read lies where the row has it, so positions count from 0; what lies after it is 0, and must not
-    matter, as in any causal network. So the network needs no mask, and nothing is copied to the host.
-
-    Rows are padded right. One whose `mask` has a real frame after padding is read as NaN: a mask's values cannot be
-    checked without a stall, and a loss of NaN is seen.
+    Every frame read lies where the row has it, so positions count from 0; what lies after it is 0, and must not matter,
+    as in any causal network. Rows are padded right: one whose `mask` has a real frame after padding is read as NaN, as
+    a mask's values cannot be checked without a stall, and a loss of NaN is seen.
 
     Returns the outputs that predict the k frames, (b, k, d) or (2, b, k, d), or those of one step, which broadcast to
     them, where no row is long enough; x and loss_weight of the last frame read and the k after it, (b, k+1, ...).
@@ -51,25 +49,17 @@ def roll_out(
 
     resumes = (real[:, 1:] & ~real[:, :-1]).any(dim=1)
     x = x.masked_fill(resumes[:, None, None], torch.nan)
-    out = predict_frames(net, x, first, targets.counted, arguments)
-
     if loss_weight is not None and loss_weight.ndim == 2:
         loss_weight = frames_from(loss_weight, first, steps)
-    return out, frames_from(x, first, steps), loss_weight
-
-
-def predict_frames(net: nn.Module, x: Tensor, first: Tensor, counted: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Return the outputs of the k steps, (..., b, k, d), from frame `first`, (b,), on, where `counted`, (b, k)."""
-    n, steps = x.shape[1], counted.shape[1]
-    rows, first, counted = torch.arange(len(x), device=x.device)[:, None], first[:, None], counted[:, :1]  # (b, 1)
 
     # a row that does not count reads zeros, also later: what it would predict from its own predictions may overflow
+    n, rows = x.shape[1], torch.arange(len(x), device=x.device)[:, None]
+    begin, counted = first[:, None], targets.counted[:, :1]  # (b, 1)
     i = torch.arange(max(1, n - steps), device=x.device)  # no row begins with more frames than these
-    read = torch.where((counted & (i < first))[..., None], x[:, : len(i)], 0)
-
+    read = torch.where((counted & (i < begin))[..., None], x[:, : len(i)], 0)
     outs = []
     for step in range(steps if n > steps else 1):
-        out = net(read, **arguments)[..., rows, first + step - 1, :]  # (b, 1, d), or a mean and a variance of it
+        out = net(read, **arguments)[..., rows, begin + step - 1, :]  # (b, 1, d), or a mean and a variance of it
         outs.append(out)
         if out.ndim == 3:
             frame = out
@@ -79,14 +69,11 @@ def predict_frames(net: nn.Module, x: Tensor, first: Tensor, counted: Tensor, ar
             raise ValueError(f'net must predict the {x.shape[-1]} features that it reads, got {frame.shape[-1]}')
         frame = torch.where(counted[..., None], frame.to(x.dtype), 0)
         i = torch.arange(read.shape[1] + 1, device=x.device)
-        read = torch.where((i == first + step)[..., None], frame, F.pad(read, (0, 0, 0, 1)))
-    return torch.cat(outs, dim=-2)
+        read = torch.where((i == begin + step)[..., None], frame, F.pad(read, (0, 0, 0, 1)))
+    return torch.cat(outs, dim=-2), frames_from(x, first, steps), loss_weight
 
 
 def frames_from(t: Tensor, first: Tensor, steps: int) -> Tensor:
-    """(b, n, ...) -> (b, k+1, ...): the frame before the first one predicted, and the k predicted.
-
-    Targets are aligned with it as with any row. Rows of k frames or fewer, which do not count, repeat their last.
-    """
+    """(b, n, ...) -> (b, k+1, ...): the frame before the first one predicted, and the k predicted, as in any row."""
     i = first[:, None] - 1 + torch.arange(steps + 1, device=t.device)  # (b, k+1)
     return t[torch.arange(len(t), device=t.device)[:, None], i.clamp(max=t.shape[1] - 1)]

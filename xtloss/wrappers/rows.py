@@ -1,6 +1,6 @@
-"""The rows that the network reads, and where in them the targets of the batch are predicted.
+"""The rows that the network reads, where in them the targets of the batch are predicted, and what each target costs.
 
-Dims: b batch, n positions, p prepended embeddings; r rows and m positions of what the network returns.
+Dims: b batch, n positions, p prepended embeddings, d width, v vocabulary; r rows, m positions that the network returns.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from xtloss.arguments import OF_LOSS
+from xtloss.arguments import OF_LOSS, has_values, loss_dtype
+from xtloss.losses.cross_entropy import cross_entropy
+from xtloss.losses.linear_cross_entropy import linear_cross_entropy
 from xtloss.weighting.targets import real_positions
+from xtloss.wrappers.head import LinearHead
 from xtloss.wrappers.masks import (
     has_known_attention,
     join_keys,
@@ -54,13 +57,10 @@ class Outputs(NamedTuple):
 def network_rows(
     wrapper: Any, x: Tensor, given: dict[str, Any], *, unpad: bool
 ) -> tuple[Tensor, dict[str, Any], Outputs]:
-    """Return the rows that the network reads of a batch, (r, m), its other arguments, and where its outputs lie.
-
-    `given` is all that a wrapper's forward was given, and has checked.
-    """
+    """Return the rows that the network reads of a batch, (r, m), its other arguments, and where its outputs lie."""
     net, prepended = wrapper.net, prepended_length(given)
     real = real_positions(x, **{name: given.get(name) for name in REAL}, prepended=prepended)
-    ids = legal_ids(x, real, ignore_index=wrapper.ignore_index, pad_value=wrapper.pad_value)
+    ids = x.masked_fill((x == wrapper.ignore_index) | ~real, wrapper.pad_value)  # which are legal, whatever x holds
     random_mask = random_key_mask(real, wrapper.mask_prob) if wrapper.mask_prob > 0 else None
 
     outputs = Outputs()
@@ -83,16 +83,10 @@ def network_rows(
     return ids, mask_arguments(net, keys, arguments, mask=mask, queries=prepended + n), outputs
 
 
-def legal_ids(x: Tensor, real: Tensor, *, ignore_index: int, pad_value: int) -> Tensor:
-    """Return x, (b, n), with `pad_value` for ignored tokens and padding, whose ids may be anything."""
-    return x.masked_fill((x == ignore_index) | ~real, pad_value)
-
-
 def random_key_mask(real: Tensor, mask_prob: float) -> Tensor:
     """Return (b, n) bool, False at a random `mask_prob` of the keys of a row, never at its first, or first real, one.
 
-    Liu et al., FCM: Forgetful Causal Masking, 2022, https://arxiv.org/abs/2210.13432. It draws the random numbers that
-    upstream draws.
+    Liu et al., FCM: Forgetful Causal Masking, 2022, https://arxiv.org/abs/2210.13432, with upstream's random numbers.
     """
     n = real.shape[1]
     noise = torch.randn(real.shape, device=real.device)
@@ -100,3 +94,62 @@ def random_key_mask(real: Tensor, mask_prob: float) -> Tensor:
     hidden = noise.topk(min(int(n * mask_prob), n - 1), dim=-1).indices
     is_first = real & (real.cumsum(dim=1) == 1)
     return torch.ones_like(real).scatter(1, hidden, False) | is_first
+
+
+def token_losses(wrapper: Any, logits: Tensor, ids: Tensor, counted: Tensor, outputs: Outputs) -> Tensor:
+    """Return the nll of each target, of ids (b, n-1), in nats, (b, n-1), 0 where not counted; float32 or wider.
+
+    All logits, (r, m, v), are read where they lie: slicing off the last would copy them, and their gradient.
+    """
+    shape, flat = logits.shape[:2], rearrange(logits, 'r m v -> (r m) v')
+    targets = outputs.at_outputs(torch.where(counted, ids, 0), shape)  # (r·m,)
+    at_counted = outputs.at_outputs(counted, shape)
+    net = wrapper if hasattr(wrapper, 'output_is_log_prob') else wrapper.net  # XL's may have wrapped the network
+    if net.output_is_log_prob:
+        log_prob = flat.gather(1, targets[:, None]).squeeze(1)
+        nll = torch.where(at_counted, -log_prob.to(loss_dtype(logits.dtype)), 0)
+    else:
+        nll = cross_entropy(flat, targets, at_counted, composite=wrapper.fused is False)
+    return outputs.to_targets(nll.view(shape), ids.shape)
+
+
+def loss_from_embeds(
+    head: LinearHead, embeds: Tensor, ids: Tensor, counted: Tensor, weight: Tensor, outputs: Outputs
+) -> tuple[Tensor, Tensor]:
+    """Return Σ weight · nll over the counted targets, 0-dim, and their nll, (b, n-1), detached, 0 where not counted.
+
+    Embeds are (r, m, d), the other tensors (b, n-1). In eager mode only the rows that count reach the head, at the
+    price of one host sync. Where shapes are static, or nothing has values, the others go along, as zeros.
+    """
+    shape, flat = embeds.shape[:2], rearrange(embeds, 'r m d -> (r m) d')
+    at_counted = outputs.at_outputs(counted, shape)  # (r·m,)
+    targets = outputs.at_outputs(torch.where(counted, ids, 0), shape)
+    weight = outputs.at_outputs(weight, shape)
+
+    if torch.compiler.is_compiling() or not has_values(at_counted):
+        rows = head.scaled(torch.where(at_counted[:, None], flat, 0))
+        total, nll = linear_cross_entropy(rows, head.weight, targets, weight, bias=head.bias)
+        nll = torch.where(at_counted, nll, 0)
+    else:
+        index = at_counted.nonzero().squeeze(1)
+        rows = head.scaled(flat.index_select(0, index))  # whose backward needs no sort
+        total, row_nll = linear_cross_entropy(rows, head.weight, targets[index], weight[index], bias=head.bias)
+        nll = torch.zeros_like(weight, dtype=row_nll.dtype).index_copy(0, index, row_nll)
+    return total, outputs.to_targets(nll.view(shape), ids.shape)
+
+
+def next_embed_loss(next_embed: tuple[Tensor, Tensor], counted: Tensor, outputs: Outputs) -> Tensor:
+    """Return the mean absolute error of the predicted embedding of each target, (b, n-1), 0 where it is not counted."""
+    pred, embeds = next_embed  # (r, m, d) each, the latter of the tokens that the network read
+    read = F.pad(embeds[:, 1:], (0, 0, 0, 1)).detach()  # of the token after each, and so of the target
+    difference = torch.where(counted[..., None], outputs.to_targets(pred - read, counted.shape), 0)
+    return difference.abs().to(loss_dtype(pred.dtype)).mean(dim=-1)
+
+
+def check_outputs(out: Any, ids: Tensor, *, or_more: bool) -> None:
+    """Raise ValueError unless the network returned one tensor with an output for each token of ids, (r, m), or more."""
+    r, m = ids.shape
+    right = isinstance(out, Tensor) and out.ndim == 3 and out.shape[0] == r
+    if not right or out.shape[1] < m or (out.shape[1] > m and not or_more):
+        found = tuple(out.shape) if isinstance(out, Tensor) else f'a {type(out).__name__}'
+        raise ValueError(f'the network must return ({r}, {m}{" or more" * or_more}, vocab), of one head, got {found}')

@@ -1,7 +1,7 @@
 """Whether a network keeps the sequences of a row apart: measured once, and kept beside it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -14,6 +14,8 @@ from xtloss.arguments import OF_NETWORK, keywords, refuse_unknown
 from xtloss.wrappers.measurement import Leak, measure
 
 LIMIT = 1e-3  # rounding was seen at 2e-4, in looped networks
+NOT_MEASURED = Leak(math.inf, takes_short_rows=False)
+PARALLEL = ('torch.distributed.fsdp', 'torch.nn.parallel')  # what FSDP and DDP put around modules, or make of them
 
 # beside each network: its structure when it was measured, and what was found, by the names of the arguments
 _kept: WeakKeyDictionary[nn.Module, tuple[list[Any], dict[tuple[str, ...], Leak]]] = WeakKeyDictionary()
@@ -64,29 +66,21 @@ def segment_leak(net: nn.Module, **network_kwargs: Any) -> float:
 def why_not_apart(net: nn.Module, arguments: Mapping[str, Any] | None, *, short_rows: bool) -> str | None:
     """Return why sequences may not share rows, or go into rows as short as they are; None if they may.
 
-    `arguments` are the network's; None, of which a call has none while it is compiled, stands for those that it was
-    measured with, or for none.
+    `arguments` are the network's. While a call is compiled it has none: None stands for those that were measured with.
     """
     leak = kept_leak(net, arguments)
-    if leak.size < LIMIT and (leak.takes_short_rows or not short_rows):
-        return None
     if leak.size < LIMIT:
-        return 'this network cannot take rows as short as a sequence may be'
-    if math.isinf(leak.size):
-        found = (
-            'it could not be measured whether this network keeps the sequences of a row apart: it does not run on '
-            'shared rows with these arguments, or its weights are sharded or have no values (call segment_leak before '
-            'sharding: the number stays with the network)'
-        )
-    else:
-        found = (
-            f'sequences that share a row move each other in this network, by {leak.size:.2g} standard deviations of '
-            f'its outputs, of which {LIMIT:g} would be rounding'
-        )
-    return (
-        f'{found}. The options of the table in the README are the usual causes. Change the network until '
-        'segment_leak(net) is below, or take it on yourself with trust_segments=True'
+        too_short = short_rows and not leak.takes_short_rows
+        return 'this network cannot take rows as short as a sequence may be' if too_short else None
+    found = (
+        f'sequences that share a row move each other in this network, by {leak.size:.2g} standard deviations of its '
+        f'outputs, of which {LIMIT:g} would be rounding. '
+        if math.isfinite(leak.size)
+        else 'it could not be measured whether this network keeps the sequences of a row apart: it does not run on '
+        'shared rows with these arguments, or its weights are sharded (call segment_leak before) or have no values. '
     )
+    ways = 'Change the network until segment_leak(net) is below, or take it on yourself with trust_segments=True'
+    return f'{found}The options of the table in the README are the usual causes. {ways}'
 
 
 def kept_leak(net: nn.Module, arguments: Mapping[str, Any] | None, *, anew: bool = False) -> Leak:
@@ -94,12 +88,15 @@ def kept_leak(net: nn.Module, arguments: Mapping[str, Any] | None, *, anew: bool
     names = tuple(sorted(arguments or ()))
     with _one_at_a_time:
         before, found = _kept.get(net, ([], {}))
-        if is_sharded(net):  # its classes and hooks are others than when it was measured, and its weights are not whole
-            return worst([leak for m in net.modules() if m in _kept for leak in _kept[m][1].values()])
-        now = structure(net)
-        found = found if before == now else {}
-        if found and arguments is None:
-            return worst(list(found.values()))
+        found = found if before == structure(net) else {}
+        leaks = list(found.values())
+        parallel = any(type(module).__module__.startswith(PARALLEL) for module in net.modules())
+        if parallel or any(hasattr(p, 'placements') for p in net.parameters()):  # sharded: measured before, or never
+            arguments = None
+            kept = [_kept[module] for module in net.modules() if module in _kept]
+            leaks = [leak for _, found in kept for leak in found.values()] or [NOT_MEASURED]
+        if arguments is None and leaks:  # the worst of all that was found
+            return Leak(max(leak.size for leak in leaks), all(leak.takes_short_rows for leak in leaks))
         if not anew and names in found:
             return found[names]
         leak = measure(net, arguments or {})
@@ -108,33 +105,11 @@ def kept_leak(net: nn.Module, arguments: Mapping[str, Any] | None, *, anew: bool
         return leak
 
 
-def worst(found: Sequence[Leak]) -> Leak:
-    """Return the largest of all that was found, inf if there is nothing."""
-    return Leak(max((leak.size for leak in found), default=math.inf), all(leak.takes_short_rows for leak in found))
-
-
-def is_sharded(net: nn.Module) -> bool:
-    """Tell whether weights are cut, or a forward takes part in what other processes do."""
-    parallel = ('torch.distributed.fsdp', 'torch.nn.parallel')  # what FSDP and DDP put around modules, or make of them
-    return any(hasattr(p, 'placements') for p in net.parameters()) or any(
-        type(module).__module__.startswith(parallel) for module in net.modules()
-    )
-
-
 def structure(net: nn.Module) -> list[Any]:
-    """Return what a measurement holds for: each module, its class, its hooks, and a `forward` of its own.
-
-    None of it is kept alive. A hook is known by its number, which torch gives to no other.
-    """
-    of_all: list[Any] = [tuple(all_modules._global_forward_hooks), tuple(all_modules._global_forward_pre_hooks)]
-    return of_all + [
-        (
-            name,
-            ref(module),
-            ref(type(module)),
-            tuple(module._forward_hooks),
-            tuple(module._forward_pre_hooks),
-            ref(vars(module)['forward']) if 'forward' in vars(module) else None,
-        )
-        for name, module in net.named_modules()
-    ]
+    """Return what a measurement holds for: each module, its class, its hooks, by number, and a `forward` of its own."""
+    found: list[Any] = [tuple(all_modules._global_forward_hooks), tuple(all_modules._global_forward_pre_hooks)]
+    for name, module in net.named_modules():
+        hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+        forward = ref(vars(module)['forward']) if 'forward' in vars(module) else None
+        found.append((name, ref(module), ref(type(module)), *hooks, forward))
+    return found

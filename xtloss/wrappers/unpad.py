@@ -9,9 +9,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from xtloss.arguments import having
-from xtloss.packing.layout import Layout, best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
-from xtloss.tensors import has_values, map_tensors
+from xtloss.arguments import has_values, having, map_tensors
+from xtloss.packing.layout import best_fit_decreasing, one_to_a_row, sequence_numbers, token_index
 from xtloss.weighting.targets import real_positions
 from xtloss.wrappers.masks import takes_lengths, takes_positions
 
@@ -80,10 +79,7 @@ def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
 
 
 def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None:
-    """Plan the rows of a batch; None where it goes as it came. Copies 3 · b numbers to the host.
-
-    With `one_row` it never does: where nothing is real the row holds all the padding, in which nothing counts.
-    """
+    """Plan the rows of a batch; None where it goes as it came, `one_row` never. Copies 3 · b numbers to the host."""
     telling = {name: given[name] for name in TELLING if name in given}
     if torch.compiler.is_compiling() or not all(map(has_values, (x, *telling.values()))):
         return None
@@ -98,7 +94,7 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     except RuntimeError:  # under torch.func.vmap a tensor has no numbers to read
         return None
     spans = [(row * n + begin, end - begin + 1, count) for row, (begin, end, count) in enumerate(numbers) if count]
-    if not spans and one_row:
+    if not spans and one_row:  # of padding, in which nothing counts
         spans = [(row * n, n, n) for row in range(b)]
     if not spans:
         return None
@@ -107,7 +103,8 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     if tokens == b * n and not one_row:
         return None
     layout = best_fit_decreasing(lengths, tokens if one_row else longest)
-    packs = one_row or pays(layout, len(lengths))
+    # shared rows need a mask of all pairs, which causal attention alone does not: they must save more than that costs
+    packs = one_row or layout.shape[0] * (1 + longest / 512) < len(lengths)
     layout = layout if packs else one_to_a_row(lengths, longest)
     index = token_index(layout)  # (r, m), 0 = none
     spans_of = zip(starts, lengths, strict=True)
@@ -115,9 +112,3 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     source = torch.cat([torch.tensor([-1], device='cpu'), *tokens_of])[index]
     segment_ids = sequence_numbers(lengths)[index].to(x.device) if packs else None
     return Plan(source.to(x.device), (b, n), segment_ids, has_holes=sum(sums) < tokens)
-
-
-def pays(packed: Layout, sequences: int) -> bool:
-    """Tell whether packed rows are quicker than one sequence a row, both m wide: their mask makes a row cost more."""
-    rows, m = packed.shape
-    return rows * (1 + m / 512) < sequences  # causal attention alone needs no mask, (b, 1, m, m)

@@ -1,6 +1,7 @@
 """Turn the wrappers inside an existing model into ours, in place."""
 
 import warnings
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import x_transformers
@@ -37,7 +38,6 @@ def upgrade_(module: M, **options: Any) -> M:
     given; ``equal_loss_weight_batch`` and ``loss_weighting`` are one choice, and giving either makes it anew.
 
     - Exact classes of x-transformers only: a subclass may rely on the loss it inherits, and is named by a UserWarning.
-    - Inside ``DistributedDataParallel`` and ``torch.compile`` it works; the latter compiles anew.
     - Before ``fully_shard``, which makes what it shards a subclass, and before accelerate's ``prepare`` with mixed
       precision or ``wrapper.forward = torch.compile(wrapper.forward)``, whose forward would go on: ValueError.
 
@@ -89,7 +89,5 @@ def new_options(name: str, wrapper: nn.Module, ours: type[nn.Module], options: d
     if options.keys() & WEIGHTING.keys():
         chosen |= WEIGHTING
     chosen |= options
-    bare = ours.__new__(ours)  # options and nothing else, to be checked as the constructor does
-    vars(bare).update(chosen)
-    check_options(bare)
+    check_options(SimpleNamespace(**chosen))
     return chosen

@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper as Upstream
 
-from xtloss.arguments import OF_LOSS, having, keywords, refuse_given
-from xtloss.tensors import map_tensors
+from xtloss.arguments import OF_LOSS, having, keywords, map_tensors, refuse_given
 from xtloss.weighting.targets import Targets, next_tokens, real_positions
 from xtloss.weighting.weights import LossBreakdown, Weights, batch_weights, breakdown_of
 from xtloss.wrappers import base
 from xtloss.wrappers.head import fused_head
 from xtloss.wrappers.masks import join_keys, mask_arguments, memory_length, memory_tokens
-from xtloss.wrappers.rows import Outputs, legal_ids
-from xtloss.wrappers.token_losses import check_outputs, loss_from_embeds, token_losses
+from xtloss.wrappers.rows import Outputs, check_outputs, loss_from_embeds, token_losses
 
 # what is cut with the segments; each segment gets a mask of keys as it came
 PER_TOKEN = tuple(name for name in having('travels') if name != 'self_attn_kv_mask')
@@ -164,7 +162,7 @@ def loss_and_breakdown(
 def cut_segments(wrapper: Any, x: Tensor, targets: Targets, weights: Weights, given: dict[str, Any]) -> list[Segment]:
     """Cut inputs and targets alike; a row of one token is read, for a loss of 0 attached to the graph."""
     real = real_positions(x, lens=given.get('lens'), mask=given.get('mask'))
-    ids = legal_ids(x, real, ignore_index=wrapper.ignore_index, pad_value=wrapper.pad_value)
+    ids = x.masked_fill((x == wrapper.ignore_index) | ~real, wrapper.pad_value)
     next_ids = next_tokens(x.masked_fill(~real, wrapper.ignore_index))
     made_anew = ('mask', *base.OF_LAYERS)
     arguments = {name: value for name, value in given.items() if name not in OF_LOSS and name not in made_anew}
@@ -179,17 +177,13 @@ def cut_segments(wrapper: Any, x: Tensor, targets: Targets, weights: Weights, gi
         ndim = 2 if name == 'embed_ids' else 3  # a (b, d) condition is of rows, also where d = n
         return map_tensors(lambda t: cut(t, start) if t.ndim == ndim and t.shape[:2] == x.shape else t, value)
 
-    return [
-        Segment(
-            cut(ids, start),
-            cut(given['mask'], start) if 'mask' in given else None,
-            cut(next_ids, start),
-            cut(targets.counted, start),
-            cut(weights.weight, start),
-            {name: of_segment(name, value, start) for name, value in arguments.items()},
-        )
-        for start in range(0, inputs, size)
-    ]
+    tensors: list[Any] = [ids, given.get('mask'), next_ids, targets.counted, weights.weight]
+    segments = []
+    for start in range(0, inputs, size):
+        call = {name: of_segment(name, value, start) for name, value in arguments.items()}
+        pieces: list[Any] = [None if t is None else cut(t, start) for t in tensors]
+        segments.append(Segment._make([*pieces, call]))
+    return segments
 
 
 def costs(wrapper: Any, segments: list[Segment], given: dict[str, Any], head: Any) -> tuple[Tensor, Tensor]:
