@@ -1,6 +1,7 @@
 """examples/benchmarks/bench_loss.py runs, compares like with like, and reads peak memory rightly."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,10 @@ def test_peers_agree(bench: ModuleType) -> None:
 def test_one_shape(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench.compare(bench.Config(**TINY, uncounted=0.5, memory=False, out=tmp_path))
     out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0].startswith(f'torch {torch.__version__}, x-transformers ')
+    assert lines[0].endswith('threads: 1, float32')
+    assert [line.partition(',')[0] for line in lines[1:3]] == ['head and loss', 'whole step']
     for peer in (*bench.HEADS, bench.STEP_UPSTREAM, bench.STEP_OURS):
         assert f'| {peer} |' in out
     assert (tmp_path / 'bench_loss.png').stat().st_size > 10_000
@@ -78,6 +83,55 @@ def test_suite(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bench.draw(comparisons, tmp_path / 'bench_loss.png')
 
 
+def test_ctrl_c_leaves_what_was_measured(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the comparison it comes in, the rounds so far."""
+    import bench_peers
+
+    calls = []
+
+    def stop(p: bench_peers.Problem) -> None:
+        calls.append(p)
+        if len(calls) == 4:  # one to warm up, and two rounds
+            raise KeyboardInterrupt
+
+    shape = bench.Shape(64, 32, 100)
+    monkeypatch.setitem(bench_peers.HEADS, bench.PRODUCTS, stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure_times([(bench.PRODUCTS, shape), (bench.OURS, shape)], rounds=9, seconds=0, title='a title')
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f'a title, 2 rounds in 0 s: {bench.PRODUCTS} ')
+    assert f'; {bench.OURS} ' in line
+
+
+def test_packing_shows_each_row_as_it_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Medians of speeds and of ratios within a round, by hand; Ctrl-C leaves the rounds so far."""
+    import bench_packing
+
+    rounds = [
+        {'x-transformers': (2.0, 100 * i), 'padded': (2.0, 200 * i), 'unpad': (2.0, 400 * i), 'packed': (2.5, 50 * i)}
+        for i in (1.0, 2.0, 6.0)
+    ]
+    expected = ['8', '200', '400', '800', '100', '2.00x', '4.00x', '0.50x', '2.5e-01']
+    assert bench_packing.row(8, rounds).split() == expected
+
+    def measured(*args: Any) -> Iterator[Any]:
+        yield from rounds
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_packing, 'measure', measured)
+    with pytest.raises(KeyboardInterrupt):
+        bench_packing.compare(bench_packing.Config(data='builtin', lines=(8, 16)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('torch ')
+    assert lines[1].startswith('builtin, lines of 53 ± 21 bytes')
+    assert [line.split() for line in lines[4:]] == [expected]
+
+
+@pytest.mark.slow
 def test_traffic(bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A table with every peer; F.cross_entropy reads and writes what its operations are known to."""
     if not has_compiler():
@@ -91,6 +145,7 @@ def test_traffic(bench: ModuleType, capsys: pytest.CaptureFixture[str], monkeypa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason='no compiler')
 def test_the_accelerated_path_moves_few_bytes(bench: ModuleType) -> None:
     """One read for maximum and sum, one read and one write for the gradient: 6 in bfloat16. No scatter, no chain."""
@@ -105,6 +160,7 @@ def test_the_accelerated_path_moves_few_bytes(bench: ModuleType) -> None:
         assert low <= count <= high
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # torch's own, of its compiler
 @pytest.mark.skipif(not has_compiler(), reason='no compiler')
 def test_loads_and_stores_of_the_generated_code(bench: ModuleType) -> None:
@@ -132,6 +188,7 @@ def test_loads_and_stores_of_the_generated_code(bench: ModuleType) -> None:
     assert found == [['loadu', 'loadu'], ['loadu', 'store']]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='peak memory is measured on Linux only')
 def test_memory_in_a_process_of_its_own(bench: ModuleType) -> None:
     shape = bench.Shape(2048, 16, 8192)

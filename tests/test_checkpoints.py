@@ -68,6 +68,7 @@ def names(run: Path = RUN) -> list[str]:
 # killed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='processes do not fork here')
 def test_a_killed_run_ends_as_one_that_was_not(folder):
     """At random moments; at each change of the disk, in the middle of a save too; by a second signal."""

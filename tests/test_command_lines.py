@@ -172,20 +172,55 @@ def test_a_loss_that_is_not_finite_is_one_line(capsys, options, step):
     assert line == f'train_enwik8.py: the loss is not finite at step {step}: --learning-rate may be too large'
 
 
+SCRIPTS = sorted(path for path in EXAMPLES.rglob('*.py') if 'import tyro' in path.read_text())
+ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(EXAMPLES.parent)}
+
+
+@pytest.mark.slow
 def test_scripts_run_from_any_folder(folder):
-    """As a stranger calls them, by a path, with nothing else to find their parts by."""
-    environment = {**os.environ, 'PYTHONPATH': str(EXAMPLES.parent)}
-    scripts = [path for path in EXAMPLES.rglob('*.py') if 'import tyro' in path.read_text()]
-    assert len(scripts) >= 7
-    running = [
-        subprocess.Popen([sys.executable, script, '--help'], env=environment, stdout=subprocess.PIPE, text=True)
-        for script in scripts
-    ]
-    for script, process in zip(scripts, running, strict=True):
-        assert 'usage: ' in process.communicate()[0], script
-        assert process.returncode == 0, script
+    """As a stranger calls them, by a path, with nothing else to find their parts by; none begins with a warning."""
+    assert len(SCRIPTS) >= 7
+    for script in SCRIPTS:
+        command = [sys.executable, script, '--help']
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert 'usage: ' in done.stdout, script
+        assert done.stderr == '', script
+        assert done.returncode == 0, script
 
 
+@pytest.mark.parametrize('script', [*SCRIPTS, EXAMPLES / 'benchmarks' / 'bench_peers.py'], ids=lambda path: path.stem)
+def test_a_missing_package_is_one_line(folder, script):
+    code = (
+        'import runpy, sys\n'
+        'sys.modules.update(dict.fromkeys(sys.argv[2:]))\n'  # nothing finds what is None there
+        'sys.argv = sys.argv[1:2]\n'
+        'sys.path.insert(0, sys.argv[0].rpartition("/")[0])\n'
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, '-c', code, str(script), 'tyro', 'matplotlib', 'accelerate', 'rich', 'tqdm']
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    advice = 'pip install -e ".[examples]" brings what the examples need'
+    assert done.stderr == f'{script.name}: not installed: accelerate, matplotlib, rich, tqdm, tyro; {advice}\n'
+    assert done.returncode == 2
+    assert done.stdout == ''
+
+
+def test_the_deprecation_of_torch_jit_script_is_not_shown():
+    """x-transformers decorates with it when it is imported, and a new torch says so in a FutureWarning."""
+    code = (
+        'import warnings\n'
+        'import command_line\n'
+        "warnings.warn('`torch.jit.script` is deprecated. Please switch', FutureWarning)\n"
+        "warnings.warn('`torch.jit.script` is not supported in Python 3.14+', FutureWarning)\n"
+        "warnings.warn('another', FutureWarning)"
+    )
+    environment = {**ENVIRONMENT, 'PYTHONPATH': os.pathsep.join((str(EXAMPLES.parent), str(EXAMPLES)))}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    assert 'torch.jit.script' not in done.stderr
+    assert 'another' in done.stderr
+
+
+@pytest.mark.slow
 def test_the_main_job_lets_waiting_threads_sleep():
     """Spinning threads made a busy machine slow it down by far more than its share."""
     code = 'import os, sys; sys.path.insert(0, sys.argv[1]); import train_enwik8; print(os.environ["OMP_WAIT_POLICY"])'
@@ -239,12 +274,15 @@ def test_the_report_of_nothing_and_to_nowhere_is_refused(folder, capsys):
     (folder / 'file').touch()
     with pytest.raises(UsageError, match='cannot write to file'):
         report.main((run,), Path('file', 'a.png'))
-    command = [sys.executable, EXAMPLES / 'enwik8' / 'report.py', 'missing']
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, 'PYTHONPATH': str(EXAMPLES.parent)}
-    )
-    assert done.returncode == 2
-    assert done.stderr == 'report.py: missing/metrics.jsonl: No such file or directory\n'
+    with pytest.raises(SystemExit) as stop, one_line_errors('report.py'):
+        report.main((Path('missing'),))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'report.py: missing/metrics.jsonl: No such file or directory\n'
+
+
+def test_the_picture_of_runs_lies_beside_them(folder):
+    report.main((write_run(folder / 'runs' / 'a', 1),))
+    assert (folder / 'runs' / 'loss_by_length.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_the_last_bucket_ends_where_sequences_were_cut():

@@ -189,7 +189,7 @@ def test_the_whole_of_it(task, capsys, monkeypatch):
     assert runs == [f'compare-{task}-{weighting}-{seed}' for weighting in ('token', 'sequence') for seed in (0, 1)]
     assert "'sequence' against 'token': " in out
     assert 'sequence - token' in out
-    assert ('over 12 held-out questions (bootstrap' in out) == (task == 'mixed')
+    assert ('over 6 held-out questions (bootstrap' in out) == (task == 'mixed')
     folder = Path('runs', f'compare-{task}')
     assert (folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     results = json.loads((folder / 'results.json').read_text())
@@ -308,9 +308,7 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
         1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
     ]  # fmt: skip
     assert {seed for _, rate, seed in trained if rate == 1e-3} == {100, 101}
-    assert [run for run in trained if run[2] < 2] == [
-        ('sequence', 16e-3, 0), ('sequence', 16e-3, 1), *((w, 2e-3, seed) for w in best for seed in (0, 1)),
-    ] or [run for run in trained if run[2] < 2] == [
+    assert [run for run in trained if run[2] < 2] == [  # at own rates, then at the shared one what is not there
         ('token', 2e-3, 0), ('token', 2e-3, 1), *(('sequence', rate, seed) for rate in (16e-3, 2e-3) for seed in (0, 1))
     ]  # fmt: skip
     assert "'token' trains at 0.002, the best by 'all: over tokens'." in out
@@ -326,7 +324,7 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
     }  # fmt: skip
     results = json.loads((folder / 'results.json').read_text())
     assert results['at_own_rates']['measured'][OVER_TOKENS]['sequence'] == [1.0, 1.001]
-    assert results['measured'][OVER_TOKENS]['sequence'] == [4.0, 4.001]
+    assert results['measured'][OVER_TOKENS]['sequence'] == pytest.approx([4.0, 4.001])
     trained.clear()
     compare_weightings.main(command)
     assert {rate for _, rate, _ in trained} == {32e-3}  # what diverged left nothing to keep
@@ -407,9 +405,8 @@ def test_intervals_over_questions_by_hand():
 
 
 def test_right_answers_are_those_of_the_last_report():
-    compare_weightings.main(
-        [*TINY, '--task', 'mixed', '--weightings', 'token', '--seeds', '0', '--steps', '40', '--learning-rate', '0.03']
-    )
+    options = '--task mixed --weightings token --seeds 0 --steps 40 --learning-rate 0.03'
+    compare_weightings.main([*TINY, *options.split()])
     run = load_config(Path('runs/compare-mixed-token-0/config.json'))
     answers = [s for s in split_text(TEXT, 'mixed', 65, 1024).held_out if isinstance(s, Answer)]
     right = right_answers(run, answers)

@@ -479,6 +479,7 @@ def test_packing_refuses_what_mixes_sequences_and_asks_for_a_flag_that_exists(fl
     assert not resolve(tyro.cli(Config, args=[*packed, *advice.split()]), torch.device('cpu')).orthog_values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch', ['--batch-size 6 --grad-accum 2', '--batch-size 1 --layout packed'])
 def test_two_processes_train_like_one(folder, batch):
     """The same global batches; of a batch of one sequence, the second process gets none."""
