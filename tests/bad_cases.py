@@ -81,7 +81,7 @@ def of_layers(good: torch.Tensor, kind: str, rule: str, *shapes: tuple[int, ...]
 MEMORIES = {
     'mems': [
         *of_layers(MEMORY, 'floating point', '(4, m, …', (B, 5), (3, 5, 16), (), (1, 5, 16), (B, 1, 5, 16)),
-        Wrong([MEMORY, MEMORY[:, 1:]], ValueError, '{}[1] must have shape (4, 5, …), got (4, 4, 16)'),
+        Wrong([MEMORY, MEMORY[:, 1:]], ValueError, '{}[1] must have shape (4, 5, 16) like x, got (4, 4, 16)'),
     ],
     'mem_masks': of_layers(MEMORY_MASK, 'bool', '(4, m)…', (B,), (3, 5), (), (1, 5), (B, 5, 1)),
 }

@@ -125,7 +125,7 @@ def refused(call: Call) -> set[str]:
     """The arguments, or options, for which a call must be refused, though each by itself is right."""
     given, options = call.arguments.keys(), call.options
     if call.kind == 'ar':
-        unproved = {'prepend_embeds'} if options['trust_segments'] else {'prepend_embeds', 'seq_start_pos'}
+        unproved = {'prepend_embeds'}
         beside = given & unproved if 'segment_ids' in given else set()
         unpads = options['unpad'] and 'segment_ids' not in given and given & set(TELLING)
         beside |= given & {'prepend_embeds'} if unpads else set()

@@ -76,7 +76,7 @@ def test_next_embedding_loss(weighting: str | float, prepended: int) -> None:
 @pytest.mark.parametrize('normalizer', [None, 2.5])
 @pytest.mark.parametrize('counts', [True, False])
 def test_attention_z_loss(weighting: str | float, normalizer: float | None, counts: bool) -> None:
-    """The square of logsumexp, as upstream; no weight and no Z touches it, also where nothing counts."""
+    """The square of logsumexp, as upstream, times Z / normalizer; no weight touches it, nor that nothing counts."""
     net = decoder(layers_depth=2, layers_attn_qk_norm=True, dtype=torch.float64)
     call = random_batch(5, 3, 7, {'ignore', 'lens', 'loss_mask', 'loss_weight'})
     call['loss_mask'] &= torch.tensor(counts)
@@ -89,6 +89,8 @@ def test_attention_z_loss(weighting: str | float, normalizer: float | None, coun
     extra = 0.01 * (height**2).sum() / (3 * 7)
     want = expected(logits, weighting=weighting, normalizer=normalizer, **call)
     assert any(map(any, want.counted)) == counts
+    own = expected(logits, weighting=weighting, **call).normalizer
+    extra = extra * (1 if normalizer is None else own / normalizer)
     assert loss.item() == pytest.approx(want.loss + extra.item(), rel=1e-9)
     assert parts.auxiliary.item() == pytest.approx(extra.item(), rel=1e-9)
     wanted = gradients(differentiable(logits, call['x'], want) + extra, net)

@@ -44,7 +44,8 @@ def test_fake_tensors_take_the_path_that_runs(network: dict[str, Any], inside: b
     with FakeTensorMode(allow_non_fake_inputs=True):
         if inside:
             layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
-            wrapper.net = TransformerWrapper(num_tokens=509, max_seq_len=32, attn_layers=layers, **network)
+            net = TransformerWrapper(num_tokens=509, max_seq_len=32, attn_layers=layers, **network)
+            wrapper = AutoregressiveWrapper(net, fused=True)
         step(wrapper, torch.zeros(3, 9, dtype=torch.long), lens=torch.zeros(3, dtype=torch.long))
         with Operations(509) as seen:
             AutoregressiveWrapper(wrapper.net, fused='auto')(torch.zeros(3, 9, dtype=torch.long)).backward()

@@ -376,7 +376,7 @@ def test_refused(name: str) -> None:
 @pytest.mark.parametrize('width', [1, D + 1])
 def test_other_features_than_those_it_reads(width: int) -> None:
     wrapper = ContinuousAutoregressiveWrapper(Stub(torch.zeros(B, N, width)), cosine)
-    with pytest.raises(ValueError, match=f'^net must predict 5 features, those it reads, in a rollout, got {width}$'):
+    with pytest.raises(ValueError, match=f'^net must predict the 5 features that it reads, got {width}$'):
         wrapper(frames(), K)
 
 

@@ -159,5 +159,5 @@ def test_an_argument_of_another_wrapper_is_refused(kind: str, name: str) -> None
 @pytest.mark.parametrize('kind', KINDS[1:])
 def test_a_mask_of_the_inputs_alone_gets_a_reason(kind: str) -> None:
     model, x = getattr(xtloss, kind)(network(kind)), batch(kind)
-    with pytest.raises(ValueError, match=r'^mask must have shape .*: it says which positions are real, and the last'):
+    with pytest.raises(ValueError, match=r'^mask must have shape .*: the last position of x is a target'):
         model(x, mask=torch.ones(x.shape[:2], dtype=torch.bool)[:, 1:])

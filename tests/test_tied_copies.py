@@ -1,18 +1,13 @@
 """A copied wrapper of a tied network reads its own embedding; a network that was copied by itself does not."""
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
 import torch
-import x_transformers
 from modes import batch, ours
-from networks import decoder
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-
-from xtloss import AutoregressiveWrapper, upgrade_
 
 
 class Parent(nn.Module):
@@ -49,15 +44,3 @@ def test_a_copy_of_a_tied_network_reads_its_own_embedding(kind: str, fused: str 
     with torch.no_grad():
         copied.net.token_emb.emb.weight.mul_(2)
     assert copied(**call).item() != before
-
-
-def test_a_copied_bare_network_is_warned_of_once() -> None:
-    net = copy.deepcopy(decoder(tie_embedding=True))
-    theirs = x_transformers.AutoregressiveWrapper(net)
-    for make in (lambda: AutoregressiveWrapper(net), lambda: upgrade_(theirs)):
-        with pytest.warns(UserWarning, match='still reads the embedding of the original: copy the wrapper') as seen:
-            make()
-        assert [warning.filename for warning in seen] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        copy.deepcopy(AutoregressiveWrapper(decoder(tie_embedding=True)))

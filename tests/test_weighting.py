@@ -74,8 +74,8 @@ def test_the_default_is_token_and_the_flag_is_sequence() -> None:
 
 @pytest.mark.parametrize('other', ['token', 'square', 'padded', 'sequence_sum', 0.0, 0.5])
 def test_the_flag_beside_another_weighting(other: str | float) -> None:
-    message = "equal_loss_weight_batch=True stands for loss_weighting='sequence', got loss_weighting="
-    with pytest.raises(ValueError, match=f'^{message}{other!r} beside it$'):
+    message = "equal_loss_weight_batch=True stands for loss_weighting='sequence', got "
+    with pytest.raises(ValueError, match=f'^{message}{other!r} too$'):
         AutoregressiveWrapper(decoder(), equal_loss_weight_batch=True, loss_weighting=other)
 
 

@@ -350,7 +350,7 @@ def test_a_condition_of_rows_may_be_as_wide_as_they_are_long() -> None:
 
 
 UNFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    'network': ({'mixture_of_softmax': True}, {}, 'mixture_of_softmax'),
+    'network': ({'mixture_of_softmax': True}, {}, 'to_mixture'),
     'head': ({'to_logits': ScaledLinear(16, VOCAB)}, {}, 'ScaledLinear'),
     'argument': ({}, {'to_logits_kwargs': {}}, 'to_logits_kwargs'),
 }

@@ -108,7 +108,7 @@ FUSED = [
     *(Wrong(name, ValueError, f"{{}} must be True, False or 'auto', got {name!r}") for name in ('text', '', 'Auto')),
 ]
 PAD_VALUE = [
-    *of_type('a number', *NOTHING_LIKE_IT, None, torch.tensor(0)),
+    *(Wrong(value, TypeError, '{} must be an integer for int64 sequences') for value in (*NOTHING_LIKE_IT, None)),
     *(
         Wrong(value, TypeError, f'{{}} must be an integer for int64 sequences, got {value}')
         for value in (0.0, 1.5, float('nan'), np.float32(1), Fraction(1, 2))

@@ -108,8 +108,6 @@ def refuse_given(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
             raise ValueError(f'{name} cannot be given here: {reason}')
 
 
-# what an argument must be
-
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}  # of the same bits
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *SIGNED)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -196,9 +194,6 @@ def _shown(dims: list[str], sizes: Mapping[str, int]) -> str:
     return f'({", ".join(shown)}{"," * (len(shown) == 1)})'
 
 
-# numbers, dtypes and tensors
-
-
 def is_number(value: Any) -> TypeGuard[float]:
     """Tell whether it is a real number, of Python or of numpy; no bool, no tensor."""
     # a tuple, as torch.compile knows no unions in torch 2.6; numpy registers its numbers as `numbers`
@@ -216,7 +211,6 @@ def plain(number: Any) -> float:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return float32, as people write it."""
     return str(dtype).removeprefix('torch.')
 
 

@@ -52,11 +52,10 @@ def collate(
             ``'lens'`` or ``'segment_ids'``, which are made here; a length other than that of ``x``.
 
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
-    if max_len is not None:
-        laying.check_max_len(max_len)
-    limit = MAX_LEN if max_len is None else int(max_len)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        error = ValueError if isinstance(layout, str) else TypeError
+        raise error(f'layout must be one of {", ".join(LAYOUTS)}, got {layout!r}')
+    limit = MAX_LEN if max_len is None else laying.checked_max_len(max_len)
     columns = {
         name: as_tensors(name, sequences, limit, dtype_of_lists(name)) for name, sequences in by_name(examples).items()
     }

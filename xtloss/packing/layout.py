@@ -50,14 +50,14 @@ def pack(sequences: Sequence[Any], max_len: int, pad_value: float = 0) -> tuple[
 
     Raises:
         TypeError: sequences of several dtypes, `max_len` no int, `pad_value` no integer among integers.
-        ValueError: a sequence is empty, longer than `max_len` or not 1-D; `max_len` out of range.
-        What torch raises for what is no sequence of numbers, devices that differ, a `pad_value` out of range.
+        ValueError: a sequence is empty, longer than `max_len` or not 1-D; a number out of range.
+        What torch raises for what is no sequence of numbers, and for devices that differ.
 
     Source: best-fit decreasing as in Johnson, "Near-optimal bin packing algorithms", 1973; for language models Ding et
     al., "Fewer truncations improve language modeling", 2024, https://arxiv.org/abs/2404.10830.
 
     """
-    check_max_len(max_len)
+    max_len = checked_max_len(max_len)
     tensors = as_tensors('sequences', sequences, max_len)
     lengths = [t.numel() for t in tensors]
     index = token_index(best_fit_decreasing(lengths, max_len))
@@ -104,8 +104,8 @@ def unpack(values: Tensor, segment_ids: Tensor) -> list[Tensor]:
 def best_fit_decreasing(lengths: Sequence[int], max_len: int) -> Layout:
     """Plan the rows of `pack`, in O(s log s); lengths must lie in [1, max_len]."""
     row, start, rows = [0] * len(lengths), [0] * len(lengths), 0
-    # Open rows are (positions filled, -row). As lengths only fall, a row that a length fits into stays so, and what is
-    # left of the best fit has less room than all other fitting rows: those form a stack, the best fit always on top.
+    # Open rows are (positions filled, -row). As lengths only fall, a row that one fits into stays so, and what is left
+    # of the best fit has less room than all other fitting rows: those form a stack, the best fit always on top.
     fitting: list[tuple[int, int]] = []
     waiting: list[tuple[int, int]] = []  # a heap, the one with the most room first
 
@@ -148,8 +148,12 @@ def sequence_numbers(lengths: Sequence[int]) -> Tensor:
 def lay_out(sequences: Sequence[Tensor], index: Tensor, pad_value: float) -> Tensor:
     """(b, n): of all sequences end to end, the token that `index` names, from 1 on; the padding where it is 0."""
     dtype = sequences[0].dtype
-    if not dtype.is_floating_point and not dtype.is_complex and not is_integer(pad_value) and pad_value is not False:
-        raise TypeError(f'pad_value must be an integer for {dtype_name(dtype)} sequences, got {pad_value!r}')
+    if not dtype.is_floating_point and not dtype.is_complex:  # where torch would cut, or wrap, another number
+        low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        if not is_integer(pad_value) and not isinstance(pad_value, bool):
+            raise TypeError(f'pad_value must be an integer for {dtype_name(dtype)} sequences, got {pad_value}')
+        if not low <= plain(pad_value) <= high:
+            raise ValueError(f'pad_value must be in [{low}, {high}] for {dtype_name(dtype)} sequences, got {pad_value}')
     padding = sequences[0].new_full((1,), plain(pad_value))
     tokens = torch.cat([as_signed(t) for t in (padding, *sequences)])  # (1 + t,)
     x = tokens[index.to(tokens.device)]
@@ -189,8 +193,9 @@ def as_tensor(name: str, sequence: Any, dtype_of_lists: torch.dtype | None) -> T
     return t.to(dtype_of_lists)
 
 
-def check_max_len(max_len: int) -> None:
-    """Raise TypeError or ValueError unless it is a width that a row can have."""
+def checked_max_len(max_len: int) -> int:
+    """Return it as Python's int; raise TypeError or ValueError unless it is a width that a row can have."""
     check({'max_len': 'count'}, {'max_len': max_len})
     if max_len > MAX_LEN:
         raise ValueError(f'max_len must be at most {MAX_LEN}, got {max_len}')
+    return int(max_len)

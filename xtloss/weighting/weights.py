@@ -175,15 +175,17 @@ def global_normalizer(total: Tensor | float, group: 'dist.ProcessGroup | None' =
     """
     if group is not None and not isinstance(group, dist.ProcessGroup):  # torch would warn, and sum nothing
         raise TypeError(f'group must be a process group that this rank belongs to, got {type(group).__name__}')
-    if isinstance(total, Tensor) or not is_number(total) or total != 0:  # a rank with nothing to count brings 0
-        check({'total': 'number'}, {'total': total})
     grouped = dist.is_available() and dist.is_initialized()
     device = communication_device(group) if grouped else torch.device('cpu')
     home, dtype = device, torch.float64
     if isinstance(total, Tensor):
+        check({'total': 'number'}, {'total': total})
         total, home, dtype = total.detach(), total.device, loss_dtype(total.dtype)
     else:
+        check_kind('total', 1 if is_number(total) else total, 'number')
         total = plain(total)
+        if not 0 <= total <= torch.finfo(dtype).max:
+            raise ValueError(f'total must be >= 0 and finite, got {total}')
     if not grouped:
         return torch.as_tensor(total, dtype=dtype, device=home)
     # in one dtype and on one type of device, as a rank without micro-batches brings the number 0, not a tensor

@@ -30,10 +30,7 @@ from xtloss.wrappers.segment_leak import why_not_apart
 
 F = TypeVar('F', bound=Callable[..., Any])
 
-NOTES = {  # x-transformers takes masks of the inputs alone
-    'mask': ': it says which positions are real, and the last one of x, a target, is one of them; a mask of the inputs '
-    'x[:, :-1] cannot say so'
-}
+NOTES = {'mask': ': the last position of x is a target, of which a mask of the inputs x[:, :-1] cannot tell'}
 IDS, OF_LAYERS = having('ids'), ('mems', 'mem_masks')
 # what Python alone can find out about a wrapper; torch.compile takes the answer for a constant
 FINDINGS: dict[str, Callable[[Any], Any]] = {
@@ -121,9 +118,10 @@ def check_options(wrapper: Any) -> None:
     for name in ('unpad', 'trust_segments'):
         check_kind(name, getattr(wrapper, name, False), 'flag')
     fused = getattr(wrapper, 'fused', False)
-    if not isinstance(fused, bool) and not (isinstance(fused, str) and fused == 'auto'):
-        error = ValueError if isinstance(fused, str) else TypeError
-        raise error(f"fused must be True, False or 'auto', got {fused!r}")
+    if not isinstance(fused, (bool, str)):
+        raise TypeError(f"fused must be bool or 'auto', got {type(fused).__name__}")
+    if isinstance(fused, str) and fused != 'auto':
+        raise ValueError(f"fused must be True, False or 'auto', got {fused!r}")
 
 
 def weighting_of(wrapper: Any) -> Weighting:

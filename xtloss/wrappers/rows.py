@@ -27,7 +27,6 @@ from xtloss.wrappers.masks import (
 )
 from xtloss.wrappers.unpad import plan_rows
 
-REAL = ('lens', 'mask', 'seq_start_pos', 'segment_ids')  # the arguments that say which positions are real
 OF_MASKS = frozenset(('mask', 'self_attn_kv_mask', 'prepend_mask', 'seq_start_pos'))  # the network gets others instead
 
 
@@ -59,7 +58,8 @@ def network_rows(
 ) -> tuple[Tensor, dict[str, Any], Outputs]:
     """Return the rows that the network reads of a batch, (r, m), its other arguments, and where its outputs lie."""
     net, prepended = wrapper.net, prepended_length(given)
-    real = real_positions(x, **{name: given.get(name) for name in REAL}, prepended=prepended)
+    told = {name: given.get(name) for name in ('lens', 'mask', 'seq_start_pos', 'segment_ids')}
+    real = real_positions(x, **told, prepended=prepended)
     ids = x.masked_fill((x == wrapper.ignore_index) | ~real, wrapper.pad_value)  # which are legal, whatever x holds
     random_mask = random_key_mask(real, wrapper.mask_prob) if wrapper.mask_prob > 0 else None
 
@@ -73,10 +73,11 @@ def network_rows(
     if 'segment_ids' in given:
         arguments = segment_arguments(net, given['segment_ids'], arguments)
     arguments = {name: value for name, value in arguments.items() if name not in OF_MASKS}
-    arguments.update(position_arguments(net, start, n, prepended, arguments.get('pos')))
+    if 'segment_ids' not in given:  # where positions begin anew anyway
+        arguments.update(position_arguments(net, start, n, prepended, arguments.get('pos')))
 
-    started = None  # another network than x-transformers' hides by itself what is before the start
-    if start is not None and has_known_attention(net):
+    started = None
+    if start is not None and has_known_attention(net):  # another network hides by itself what is before the start
         started = torch.arange(prepended + n, device=ids.device) >= rearrange(start, 'b -> b 1')
     before = None if before is None else F.pad(before, (0, n), value=True)
     keys = join_keys(mask, random_mask, given.get('self_attn_kv_mask'), before, started)

@@ -17,6 +17,7 @@ from xtloss.wrappers.masks import takes_lengths, takes_positions
 TELLING = ('lens', 'mask', 'seq_start_pos')  # the arguments that say which tokens are real
 TRAVELS = having('travels')
 FOLLOWED = having('unpads')
+MASK_FREE_WIDTH = 512  # shared rows need a mask of all pairs, with which a row of this width costs twice as much
 
 
 class Plan(NamedTuple):
@@ -103,8 +104,7 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     if tokens == b * n and not one_row:
         return None
     layout = best_fit_decreasing(lengths, tokens if one_row else longest)
-    # shared rows need a mask of all pairs, which causal attention alone does not: they must save more than that costs
-    packs = one_row or layout.shape[0] * (1 + longest / 512) < len(lengths)
+    packs = one_row or layout.shape[0] * (1 + longest / MASK_FREE_WIDTH) < len(lengths)
     layout = layout if packs else one_to_a_row(lengths, longest)
     index = token_index(layout)  # (r, m), 0 = none
     spans_of = zip(starts, lengths, strict=True)
