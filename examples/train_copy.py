@@ -40,7 +40,7 @@ PICTURE = 'accuracy_by_length.png'
 
 @dataclass(frozen=True)
 class Config:
-    """Train the same model on the same batches once for each weighting; compare what it can copy."""
+    """Train the same model on the same batches once for each weighting; compare what it can copy. About a minute."""
 
     weightings: tuple[Literal['token', 'sequence', 'square', 'padded', 'sequence_sum'], ...] = ('token', 'sequence')
     """The longest sequences have most of the tokens, the shortest are most of the sequences."""

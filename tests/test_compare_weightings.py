@@ -13,6 +13,7 @@ import pytest
 import torch
 import train_enwik8
 from command_line import UsageError
+from enwik8 import experiment
 from enwik8.comparison import OVER_TOKENS
 from enwik8.config import Config as RunConfig
 from enwik8.config import of_run
@@ -413,6 +414,19 @@ def test_right_answers_are_those_of_the_last_report():
     assert len(right) == 12
     assert sum(right) / 12 == pytest.approx(reports_of(Path('runs/compare-mixed-token-0'))[-1].rows[0].right)
     assert 0 < sum(right) < 12
+
+
+def test_what_changed_over_questions_by_hand(monkeypatch):
+    """Title A has two answers: one became right under both seeds; B lost one under the second seed: 2 - 1 of 6."""
+    held_out = [b'prose', *(Answer(text) for text in (b'A\0de', b'A\0fr', b'B\0de'))]
+    right = {
+        ('token', 0): [True, False, True], ('token', 1): [False, False, True],
+        ('sequence', 0): [True, True, True], ('sequence', 1): [False, True, False],
+    }  # fmt: skip
+    monkeypatch.setattr(experiment, 'right_answers', lambda run, answers: right[run])
+    questions, found = experiment.over_questions({key: key for key in right}, held_out, 'sequence', 'token')
+    assert questions == 2
+    assert found == (pytest.approx(100 / 6), -50.0, 50.0)
 
 
 def test_all_answers_are_held_out_beside_the_others():

@@ -1,6 +1,6 @@
 """Time and memory of head and loss: xtloss beside x-transformers, torch, and the matrix products nobody can avoid.
 
-    python examples/benchmarks/bench_loss.py            # one shape, about 3 minutes
+    python examples/benchmarks/bench_loss.py            # one shape, about 5 minutes
     python examples/benchmarks/bench_loss.py --vocab 50257 --dim 768 --tokens 2048 --uncounted 0.5
     python examples/benchmarks/bench_loss.py --suite    # the table of the gallery, about 10 minutes
     python examples/benchmarks/bench_loss.py --traffic  # bytes, not seconds: what a GPU's time is made of

@@ -33,7 +33,10 @@ from xtloss import AutoregressiveWrapper
 
 @dataclass(frozen=True)
 class Config:
-    """Compare a step with unpad=True to the step without; the network is the tiny preset of train_enwik8.py."""
+    """Compare a step with unpad=True to the step without; the network is the tiny preset of train_enwik8.py.
+
+    By rows of 128 and 512, 7 rounds of 4,096 positions take about two and a half minutes on one core.
+    """
 
     widths: tuple[int, ...] = (128, 512, 2048)
     """Of a batch, n."""

@@ -105,7 +105,7 @@ def draw_rates(tunings: Sequence[Tuning], path: Path) -> None:
         axes.set_xticks(rates, [f'{rate:g}' for rate in rates])
         axes.minorticks_off()
         axes.set_xlabel('learning rate')
-        axes.set_ylabel('bits per byte, or %')
+        axes.set_ylabel(RIGHT if axes is beside and RIGHT in tunings[0].names else 'bits per byte')
         axes.set_title(title, loc='left')
         axes.legend(frameon=False)
         axes.spines[['top', 'right']].set_visible(False)
