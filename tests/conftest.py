@@ -44,15 +44,39 @@ NEAREST = [
 NEAREST += ['test_fused', 'test_auxiliary', 'test_unpad', 'test_laws', 'test_invariance']
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Run a slow test too where it is asked for by its name."""
-    if config.option.markexpr == 'not slow' and any('::' in argument for argument in config.args):
-        config.option.markexpr = ''
+LEFT_OUT = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run a test that is asked for by its name here and now, in one process, though it be slow."""
+    if any('::' in argument for argument in config.args):
+        config.option.markexpr = '' if config.option.markexpr == 'not slow' else config.option.markexpr
+        config.option.numprocesses = 0
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Note what is left out, in each process."""
+    slow = {item.nodeid for item in items if item.get_closest_marker('slow')}
+    for item in items[:1]:
+        item.config.stash.setdefault(LEFT_OUT, set()).update(slow)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that reports."""
+    if hasattr(session.config, 'workeroutput'):
+        session.config.workeroutput['left_out'] = sorted(session.config.stash.get(LEFT_OUT, set()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Be told, by each of pytest-xdist's processes."""
+    node.config.stash.setdefault(LEFT_OUT, set()).update(getattr(node, 'workeroutput', {}).get('left_out', []))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say what was left out, and how it is run."""
-    left_out = [item for item in terminalreporter.stats.get('deselected', []) if item.get_closest_marker('slow')]
+    left_out = config.stash.get(LEFT_OUT, set())
     if left_out and config.option.markexpr == 'not slow':
         terminalreporter.write_line(f'{len(left_out)} slow cases were left out: pytest -m "" runs them too')
 

@@ -83,6 +83,7 @@ def test_token_counts_do_not_compile_again(forced: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_beyond_the_limit_of_compilations(forced: pytest.MonkeyPatch) -> None:
     """Where dynamo compiles no more for other dtypes, biases and chunks of one token, they run, with no warning."""
     torch._dynamo.reset()

@@ -87,6 +87,7 @@ def test_a_killed_run_ends_as_one_that_was_not(folder):
 # asked to stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on(monkeypatch, capsys, signum):
     train_enwik8.main([*ARGS, '--name', 'whole'])
@@ -127,6 +128,7 @@ def test_resume_starts_afresh_where_there_is_nothing_and_ends_where_all_is_done(
     assert names() == lies
 
 
+@pytest.mark.slow
 def test_more_steps_and_a_run_over_an_earlier_one():
     train(steps=4)
     train(steps=6, resume=True, threads=1)
@@ -164,6 +166,7 @@ def test_the_end_of_a_decay_is_fixed():
 # a disk that takes no more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ['os.fsync', 'torch.save', 'os.rename'])
 def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch, capsys, where):
     train(steps=2)

@@ -148,6 +148,7 @@ def test_right_is_what_greedy_decoding_says():
 # the whole
 
 
+@pytest.mark.slow
 def test_every_weighting_starts_alike_and_sees_the_same():
     """Of one seed the first token losses and every batch are equal; of two they are not."""
     seen: dict[tuple[str, int], list] = {}
@@ -217,6 +218,7 @@ def test_the_whole_of_it(task, capsys, monkeypatch):
     assert f'runs/compare-{task}-token-0 was trained with --steps 3, not 4: choose another' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(monkeypatch, capsys):
     """It ends as one that nobody interrupted."""
     whole = [*TINY, '--weightings', 'token', '--steps', '16', '--seeds', '0']
@@ -370,6 +372,7 @@ def test_a_run_until_flat_ends_early_and_goes_on_where_it_was(decay, capsys):
     assert ' to go' not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_until_flat_that_is_stopped_ends_alike():
     config = RunConfig(
         data='text', preset='tiny', dim=16, depth=1, heads=2, seq_len=64, batch_size=6, steps=40, until_flat=1e6,

@@ -50,6 +50,7 @@ def test_compiled_is_eager(name: str, compiled: Callable[..., Any]) -> None:
     assert_same_gradients(got, gradients(want, wrapper), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('call', [{}, {'segment_ids': torch.arange(9).expand(3, 9) // 3}], ids=['rows', 'packed'])
 def test_compiled_as_users_do(call: dict[str, Any]) -> None:
     """With whatever breaks x-transformers' own code makes on this torch."""
@@ -61,6 +62,7 @@ def test_compiled_as_users_do(call: dict[str, Any]) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('frozen', ['head', 'trunk'])
 def test_compiled_with_frozen_parts(frozen: str, compiled: Callable[..., Any]) -> None:
     wrapper = AutoregressiveWrapper(decoder(), fused=True)
@@ -69,6 +71,7 @@ def test_compiled_with_frozen_parts(frozen: str, compiled: Callable[..., Any]) -
     assert_same_gradients(gradients(compiled(wrapper)(X), wrapper), gradients(wrapper(X), wrapper), 1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_with_nan_where_nothing_counts(compiled: Callable[..., Any]) -> None:
     wrapper = AutoregressiveWrapper(decoder(), fused=True)
     want = wrapper(X, **MASKED)
@@ -82,12 +85,14 @@ def test_compiled_with_nan_where_nothing_counts(compiled: Callable[..., Any]) ->
     assert_same_gradients(gradients(loss, wrapper), want_grads, 1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_without_gradients(compiled: Callable[..., Any]) -> None:
     wrapper = AutoregressiveWrapper(decoder(), fused=True)
     with torch.no_grad():
         assert compiled(wrapper)(X).item() == pytest.approx(wrapper(X).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_under_autocast(compiled: Callable[..., Any]) -> None:
     wrapper = AutoregressiveWrapper(decoder(), fused=True)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -107,6 +112,7 @@ def test_ten_normalizers_compile_once(compiled: Callable[..., Any]) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_normalizers_that_are_plain_numbers(compiled: Callable[..., Any]) -> None:
     """They trace; each kind of number may compile once more."""
     wrapper = AutoregressiveWrapper(decoder(), fused=False)
@@ -126,6 +132,7 @@ def test_compiled_function(chunk_size: int | None, compiled: Callable[..., Any])
             assert_near(grad, 3 * oracle(p).grads[name], 1e-12)
 
 
+@pytest.mark.slow
 def test_second_derivative_of_a_compiled_wrapper_is_refused(compiled: Callable[..., Any]) -> None:
     """Where autograd runs the graph; where torch compiles the backward pass too, it refuses by itself."""
     net = decoder()

@@ -64,6 +64,7 @@ def test_several_networks_at_once(call: str) -> None:
     torch.testing.assert_close(got, torch.stack([model(x, **given) for model in models]))
 
 
+@pytest.mark.slow
 def test_compiled_whole(whole_graphs: None) -> None:
     x, given = batch('lens')
     got = torch.compile(wrapper(), fullgraph=True, backend='eager')(x, **given)

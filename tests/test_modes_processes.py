@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from xtloss import global_normalizer
+from xtloss import global_normalizer, segment_leak
 
 WORLD = 2
 SHARDED = [kind for kind in KINDS if kind != 'xl' or TORCH >= (2, 7)]  # older: a block runs once in a forward
@@ -71,6 +71,8 @@ def in_bfloat16(rank: int) -> dict[str, Any]:
     for kind in SHARDED:
         for policy, options in POLICIES.items():
             wrapper, call = ours(kind, torch.float32), share(kind, rank, 1, torch.bfloat16)
+            if kind in ('packed', 'unpadded'):
+                segment_leak(wrapper.net)  # while its weights are whole
             mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             for _, block, _ in wrapper.net.attn_layers.layers:
                 shard(block, mp_policy=mixed)
@@ -108,6 +110,7 @@ def step_of_one(wrapper: nn.Module, kind: str, step: int, dtype: torch.dtype, **
     return loss.detach(), gradients(loss, wrapper)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_ddp_with_a_static_graph(ranks: list[dict[str, Any]], kind: str) -> None:
     """Every step uses every parameter, also where a rank has nothing to count."""
@@ -120,6 +123,7 @@ def test_ddp_with_a_static_graph(ranks: list[dict[str, Any]], kind: str) -> None
     assert ranks[1]['static'][kind][0]['loss'] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('policy', POLICIES)
 @pytest.mark.parametrize('kind', SHARDED)
 def test_fsdp2_in_bfloat16(ranks: list[dict[str, Any]], kind: str, policy: str) -> None:

@@ -337,6 +337,7 @@ class Narrow(nn.Linear):
         return F.linear(*narrow, self.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('digits', [7, 10])
 def test_rounding_of_narrow_products_is_no_leak(digits: int) -> None:
     """Though it is larger than one: a sequence alone is rounded otherwise. What mixes a little is seen all the same."""
@@ -664,6 +665,7 @@ def test_arguments() -> None:
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('whole_graphs')
 def test_compiled(measured: list[Any]) -> None:
     """Measured once while it is traced, and anew where the network is another; refused as in eager mode."""
@@ -681,6 +683,7 @@ def test_compiled(measured: list[Any]) -> None:
         torch.compile(wrapper, backend='eager')(X, segment_ids=IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('whole_graphs')
 def test_compiled_with_what_it_cannot_do_without(measured: list[Any]) -> None:
     """A traced call has no tensors: measured before."""

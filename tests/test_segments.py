@@ -384,6 +384,7 @@ def test_no_host_sync_and_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, {'rotary_pos_emb': True, 'attn_flash': True}], ids=label)
 def test_compiles_whole(options: dict[str, Any], whole_graphs: None) -> None:
     """No graph break in what is handed, nor in the network, where upstream's has none with a mask."""

@@ -13,6 +13,7 @@ def test_random_calls(start: int) -> None:
     assert found['right'] > 0.5 * BLOCK, found
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind() -> None:
     seeds = range(100)
     outcomes(seeds)  # what is made once
@@ -21,6 +22,7 @@ def test_nothing_is_left_behind() -> None:
     assert growth(before, held()) is None
 
 
+@pytest.mark.slow
 def test_growth_is_seen() -> None:
     memory, tensors = held()
     kept = [torch.zeros(10) for _ in range(100)]

@@ -431,6 +431,7 @@ def test_three_steps(folder, capsys, kind):
     assert 4 < rows[-1].over_tokens < 10  # 8 bits before training
 
 
+@pytest.mark.slow
 def test_the_seed_alone_sets_the_batches(monkeypatch):
     """Same sequences under every weighting; another seed, other sequences."""
     drawn: list[list[bytes]] = []

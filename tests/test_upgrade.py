@@ -233,6 +233,7 @@ def test_a_forward_of_its_own_would_go_on() -> None:
     assert trainer.loss_weighting == 'square'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['parent', 'wrapper', 'in place'])
 def test_a_compiled_model_compiles_anew(how: str) -> None:
     torch._dynamo.reset()
