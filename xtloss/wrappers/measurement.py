@@ -5,8 +5,8 @@ Dims: b rows, n positions, f features of an output.
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from x_transformers.x_transformers import TransformerWrapper
 from xtloss.arguments import map_tensors, widened
 from xtloss.wrappers.masks import segment_arguments, takes_lengths
 
-WIDEST = 256
+ENDS = (0, 3, 4, 6, 11, 21, 41, 81, 161, 256)  # where the sequences of a row end: no row is wider
 
 
 class Leak(NamedTuple):
@@ -32,8 +32,7 @@ class Leak(NamedTuple):
 def measure(net: nn.Module, arguments: Mapping[str, Any]) -> Leak:
     """Measure how far sequences that share a row move each other, with the first row of each argument in every row."""
     modes, buffers = [(module, module.training) for module in net.modules()], dict(net.named_buffers())
-    devices = {p.device for p in net.parameters()} or {torch.device('cpu')}
-    device = next(iter(devices))
+    device = next((p.device for p in net.parameters()), torch.device('cpu'))
     try:
         with (
             device,
@@ -42,7 +41,7 @@ def measure(net: nn.Module, arguments: Mapping[str, Any]) -> Leak:
             torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),  # or a checkpoint around counts these
             torch.compiler.set_stance('force_eager'),  # or compiled blocks are compiled anew for these shapes
         ):
-            return compare(net, arguments, device, partial(network_outputs, net, shaken(net), buffers, devices))
+            return compare(net, arguments, device)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever the network raises
@@ -56,7 +55,7 @@ def measure(net: nn.Module, arguments: Mapping[str, Any]) -> Leak:
     return Leak(math.inf, takes_short_rows=False)  # here too where autocast swallows the error, as it does in a tracer
 
 
-def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device, outputs: Callable[..., Tensor]) -> Leak:
+def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device) -> Leak:
     """Compare outputs that must be equal when every other sequence becomes another, or the rest, or the last tokens.
 
     In training mode too, with gradients on, as a module may mix in one of them alone. In evaluation each sequence is
@@ -67,57 +66,53 @@ def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device, 
     if getattr(inner, 'recycling', False):
         arguments = {'recycle_steps': 2, **arguments}  # evaluation needs a number
     in_one_row = takes_lengths(net)
-    b, n = 1 if in_one_row else 2, min(width(arguments) or getattr(inner, 'max_seq_len', 0) or WIDEST, WIDEST)
+    b, n = 1 if in_one_row else 2, min(width(arguments) or getattr(inner, 'max_seq_len', 0) or ENDS[-1], ENDS[-1])
     v, draw = getattr(inner, 'num_tokens', 2), torch.Generator().manual_seed(0)
     x = torch.randint(v, (b, n), generator=draw, device='cpu').to(device)
     other = (x + torch.randint(1, max(v, 2), (b, n), generator=draw, device='cpu').to(device)) % v
-    spans = [(row, span) for row in range(b) for span in sequence_spans(n, backwards=row == 1)]
+    spans = [(0, slice(start, min(stop, n))) for start, stop in pairwise(ENDS) if start < n]
+    spans += [(1, slice(n - span.stop, n - span.start)) for _, span in spans] * (b - 1)  # from the right
     runs, last = torch.zeros(b, n, dtype=torch.long), torch.zeros(b, n, dtype=torch.bool)
     for k, (row, span) in enumerate(spans):
         runs[row, span], last[row, span.stop - 1] = k, True
 
     first = {name: map_tensors(partial(of_first_row, name, slice(n)), value) for name, value in arguments.items()}
     every = {name: map_tensors(lambda t: t.expand(b, *t.shape[1:]) if t.ndim else t, t) for name, t in first.items()}
+    every, weights = segment_arguments(net, runs, every), shaken(net)
     moved, alone = [], []
-    for training in (False, True):
+    for training in (True, False):
         net.train(training)
         with torch.set_grad_enabled(training):
-            shared = outputs(x, segment_arguments(net, runs, every))
+            shared = outputs(net, weights, x, every)
             for changed in (runs % 2 == 0, runs % 2 == 1, last):
-                after = outputs(torch.where(changed, other, x), segment_arguments(net, runs, every))
+                after = outputs(net, weights, torch.where(changed, other, x), every)
                 moved.append(torch.where(changed[..., None], 0, after - shared).abs().max() / shared.std())
-            if training:
-                continue
-            nudged = outputs(x, segment_arguments(net, runs, every), nudge=1 + 2**-21)
-            rounding = (4 * (nudged - shared).abs().max() / shared.std()).clamp(max=0.1)
-            for row, span in spans:
-                given = {name: map_tensors(partial(of_first_row, name, span), value) for name, value in first.items()}
-                if in_one_row:
-                    given = segment_arguments(net, runs[:1, span] * 0, given)
-                with suppress(Exception):  # the row may be too short for the network
-                    found = outputs(x[row, span][None], given)[0]
-                    alone.append((found - shared[row, span]).abs().max() / shared.std())
+    with torch.no_grad():
+        nudged = outputs(net, {name: t * (1 + 2**-21) for name, t in weights.items()}, x, every)
+        rounding = (4 * (nudged - shared).abs().max() / shared.std()).clamp(max=0.1)
+        for row, span in spans:
+            given = {name: map_tensors(partial(of_first_row, name, span), value) for name, value in first.items()}
+            given = segment_arguments(net, runs[:1, span] * 0, given) if in_one_row else given
+            with suppress(Exception):  # the row may be too short for the network
+                found = outputs(net, weights, x[row, span][None], given)[0]
+                alone.append((found - shared[row, span]).abs().max() / shared.std())
     apart = torch.stack(alone)
     apart = torch.where(apart <= rounding, apart.clamp(max=1e-4), apart)
     size = torch.stack([*moved, apart.max()]).max().item()
     return Leak(math.inf if math.isnan(size) else size, takes_short_rows=len(alone) == len(spans))
 
 
-def network_outputs(
-    net: nn.Module,
-    weights: dict[str, Tensor],
-    buffers: dict[str, Tensor],
-    devices: Iterable[torch.device],
-    x: Tensor,  # (b, n)
-    given: dict[str, Any],
-    nudge: float = 1,
-) -> Tensor:
-    """Return all that a network predicts from each token, (b, n, f), with these weights, buffers and random numbers."""
+def outputs(net: nn.Module, weights: dict[str, Tensor], x: Tensor, given: dict[str, Any]) -> Tensor:
+    """Return all that a network predicts from each token, (b, n, f), from the same buffers and random numbers on."""
     given = {'return_intermediates': True, 'looped_pred_all_logits': True, **given}
-    state = {name: as_float32(t) for name, t in buffers.items()}
-    state |= {name: t * nudge if nudge != 1 and t.is_floating_point() else t for name, t in weights.items()}
-    with kept_random_streams(devices):
-        logits, hiddens = functional_call(net, state, (x,), given)
+    tensors = weights | {name: as_float32(t) for name, t in net.named_buffers()}
+    others = list({p.device for p in net.parameters() if p.device.type != 'cpu'})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(others, device_type=others[0].type if others else 'cuda'):
+            logits, hiddens = functional_call(net, tensors, (x,), given)
+    finally:
+        random.setstate(state)
     loops = [getattr(hiddens, name, None) or [] for name in ('all_pred_logits', 'exit_logits')]
     found = [logits, *loops[0], *loops[1]]
     if getattr(hiddens, 'attn_pooled_tokens', None) is not None or any(t.shape[:2] != x.shape for t in found):
@@ -135,35 +130,13 @@ def shaken(net: nn.Module) -> dict[str, Tensor]:
     """Return float32 copies of a network's weights, shaken by 1/√fan-in: where they are zero, nothing would be seen."""
     weights, draw = {}, torch.Generator().manual_seed(0)
     for name, p in net.named_parameters():
-        if type(p) in (Tensor, nn.Parameter):  # others, quantized ones say, stay as they are
+        if type(p) in (Tensor, nn.Parameter) and p.is_floating_point():  # others, quantized ones say, stay as they are
+            fan_in = max(p.shape[1:].numel() if p.ndim > 1 else p.numel(), 1)
+            noise = torch.randn(p.shape, generator=draw, dtype=torch.float32, device='cpu').to(p.device)
             weights[name] = new = as_float32(p)
-            if new.is_floating_point():
-                fan_in = max(p.shape[1:].numel() if p.ndim > 1 else p.numel(), 1)
-                noise = torch.randn(p.shape, generator=draw, dtype=torch.float32, device='cpu').to(p.device)
-                new += (noise if p.ndim > 1 else noise.abs().copysign(new)) / fan_in**0.5  # scales keep their sign
-                new.requires_grad_(p.requires_grad)
+            new += (noise if p.ndim > 1 else noise.abs().copysign(new)) / fan_in**0.5  # scales keep their sign
+            new.requires_grad_(p.requires_grad)
     return weights
-
-
-@contextmanager
-def kept_random_streams(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the random streams of Python, of the CPU and of other devices back as they were."""
-    others = [device for device in devices if device.type not in ('cpu', 'meta')]
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(others, device_type=others[0].type if others else 'cuda'):
-            yield
-    finally:
-        random.setstate(state)
-
-
-def sequence_spans(n: int, *, backwards: bool) -> list[slice]:
-    """Cut n positions into sequences of 3, 1, 2, 5, 10, 20, ... tokens, from the left or from the right."""
-    ends = [0, 3, 4, 6]
-    while ends[-1] < n:
-        ends.append(ends[-1] + 5 * 2 ** (len(ends) - 4))
-    ends = sorted({min(end, n) for end in ends})
-    return [slice(n - stop, n - start) if backwards else slice(start, stop) for start, stop in pairwise(ends)]
 
 
 def is_per_token(name: str, t: Tensor) -> bool:
