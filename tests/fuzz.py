@@ -108,7 +108,7 @@ def judge(call: Call, seed: int) -> str:
         module = OURS[call.kind](network(call.kind), **call.options)
         result = module(**arguments)
     except (TypeError, ValueError) as error:
-        for name, kind in (may_refuse | must_refuse).items():
+        for name, kind in (*may_refuse.items(), *must_refuse.items()):
             if type(error) is kind and re.search(rf'\b{name}\b', str(error)):
                 return 'refused'
         raise
