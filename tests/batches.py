@@ -1,13 +1,21 @@
 """Random batches: one generator for the tests of the equation, the laws, the layouts and the fuzz."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 RULES = ('ignore', 'lens', 'mask', 'loss_mask', 'seq_start_pos', 'segment_ids')  # what says which targets count
 WEIGHTS = ('loss_weight', 'row_weight')
 INTEGERS = [getattr(torch, f'{u}int{size}') for u in ('', 'u') for size in (8, 16, 32, 64)]
+
+
+def subsets(names: Sequence[str]) -> st.SearchStrategy[set[str]]:
+    """Each as likely as every other, where hypothesis' own sets are small."""
+    bits = st.integers(0, 2 ** len(names) - 1)
+    return bits.map(lambda chosen: {name for k, name in enumerate(names) if chosen >> k & 1})
 
 
 class Batch(dict[str, Any]):

@@ -6,7 +6,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import RULES, WEIGHTS, random_batch
+from batches import RULES, WEIGHTS, random_batch, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import WEIGHTINGS, assert_same_gradients, frames, gradients
@@ -91,7 +91,7 @@ def test_generate_is_inherited() -> None:
     b=st.integers(1, 4),
     n=st.integers(1, 7),
     kind=st.sampled_from(sorted(KINDS)),
-    using=st.sets(st.sampled_from([*RULES[1:5], *WEIGHTS])),
+    using=subsets([*RULES[1:5], *WEIGHTS]),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )

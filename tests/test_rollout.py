@@ -7,7 +7,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import WEIGHTS, random_batch
+from batches import WEIGHTS, random_batch, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, gradients
@@ -90,7 +90,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     steps=st.integers(2, 4),
     options=st.sampled_from(sorted(NETWORKS)),
     kind=st.sampled_from(sorted(KINDS)),
-    using=st.sets(st.sampled_from(['lens', 'right mask', *WEIGHTS])),
+    using=subsets(['lens', 'right mask', *WEIGHTS]),
     weighting=st.sampled_from(WEIGHTINGS),
     normalizer=st.sampled_from([None, 2.5]),
 )

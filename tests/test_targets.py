@@ -1,23 +1,28 @@
 """Which targets count, and how many each sequence has."""
 
+import itertools
+
+import pytest
 from batches import RULES, random_batch
-from hypothesis import given
-from hypothesis import strategies as st
 from oracle import counted_targets, sequences
 
 from xtloss.weighting.targets import count_targets
 
+SUBSETS = [set(some) for k in range(len(RULES) + 1) for some in itertools.combinations(RULES, k)]
 
-@given(seed=st.integers(0, 2**32 - 1), b=st.integers(0, 4), n=st.integers(1, 9), using=st.sets(st.sampled_from(RULES)))
-def test_the_oracle_counts_the_same(seed: int, b: int, n: int, using: set[str]) -> None:
-    batch, prepended = random_batch(seed, b, n, using), seed % 3
-    x, rules = batch.pop('x'), batch
-    got = count_targets(x, **rules, **({'ignore_index': -100} if 'ignore' in using else {}), prepended=prepended)
-    want = counted_targets(x, prepend_len=prepended, **rules)
-    assert got.counted.tolist() == want
-    groups = [[place for place in run if want[place[0]][place[1]]] for run in sequences(x, rules.get('segment_ids'))]
-    assert sorted(length for row in got.lengths.tolist() for length in row if length) == sorted(
-        filter(None, map(len, groups))
-    )
-    for group in groups:
-        assert all(got.length[place].item() == len(group) for place in group)
+
+@pytest.mark.parametrize('using', SUBSETS, ids=lambda using: ' '.join(sorted(using)) or 'no rule')
+def test_the_oracle_counts_the_same(using: set[str]) -> None:
+    shapes = [(0, 3), (2, 1), (4, 2), (4, 9)]
+    for prepended, (b, n) in itertools.product(range(3), shapes):
+        batch = random_batch(b + n + prepended, b, n, using)
+        x, rules = batch.pop('x'), batch
+        got = count_targets(x, **rules, **({'ignore_index': -100} if 'ignore' in using else {}), prepended=prepended)
+        want = counted_targets(x, prepend_len=prepended, **rules)
+        assert got.counted.tolist() == want
+        runs = sequences(x, rules.get('segment_ids'))
+        groups = [[place for place in run if want[place[0]][place[1]]] for run in runs]
+        lengths = [length for row in got.lengths.tolist() for length in row if length]
+        assert sorted(lengths) == sorted(filter(None, map(len, groups)))
+        for group in groups:
+            assert all(got.length[place].item() == len(group) for place in group)

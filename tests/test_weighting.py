@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import RULES, WEIGHTS, random_batch
+from batches import RULES, WEIGHTS, random_batch, subsets
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import WEIGHTINGS, Stub, Unreachable, assert_same_gradients, decoder, gradients
@@ -82,7 +82,7 @@ def test_the_flag_beside_another_weighting(other: str | float) -> None:
 @st.composite
 def cases(draw: Callable[..., Any]) -> dict[str, Any]:
     """A batch of any small shape under any masks, and a weighting."""
-    using = draw(st.sets(st.sampled_from(MASKS)))
+    using = draw(subsets(MASKS))
     b, n = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     batch = random_batch(draw(st.integers(0, 10**6)), b, n, using, vocab=VOCAB)
     weighting = draw(st.one_of(st.sampled_from(WEIGHTINGS), st.floats(0, 1)))
