@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3_000  # calls, for what is made once: networks, verdicts, arenas of the allocator
-MEBIBYTES, TENSORS = 8.0, 5  # what may come to be after that
+MEBIBYTES, TENSORS = 32.0, 5  # what may come to be after that; an allocator may well take 8 MiB once more
 
 
 def outcomes(seeds: Iterable[int]) -> Counter[str]:

@@ -134,7 +134,7 @@ def test_the_equation(
         found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
-    assert_same_gradients(grads(loss), grads(want_loss), 1e-9, floor=1e-6)
+    assert_same_gradients(grads(loss), grads(want_loss), 1e-9, floor=1e-5)
 
 
 class Normal(Times):
@@ -223,7 +223,7 @@ def test_one_loss_however_it_is_padded(weighting: str | float, probabilistic: bo
     for call in ({'x': x, 'mask': REAL, 'loss_weight': shares}, wider):  # also 'padded', whose Z is b · k
         got = seeded(wrapper, **call)
         assert got.item() == pytest.approx(want.item(), rel=1e-9)
-        assert_same_gradients(gradients(got, wrapper), want_grads, 1e-9, floor=1e-6)
+        assert_same_gradients(gradients(got, wrapper), want_grads, 1e-9, floor=1e-5)
 
 
 @pytest.mark.parametrize('shape', [(B,), (B, N)])

@@ -27,5 +27,5 @@ def test_growth_is_seen() -> None:
     memory, tensors = held()
     kept = [torch.zeros(10) for _ in range(100)]
     assert growth((memory, tensors), held()) is not None
-    assert growth((memory, tensors), (memory + 9, tensors)) is not None
+    assert growth((memory, tensors), (memory + 33, tensors)) is not None
     assert len(kept) == 100

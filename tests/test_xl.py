@@ -227,7 +227,7 @@ def test_the_equation(
         z = wrapper.loss_normalizer(**call.without('loss_weight'))
         assert z.item() == pytest.approx(want.normalizer, rel=1e-9)
     reference = differentiable(logits, call['x'], want, log_probs=log_prob)
-    assert_same_gradients(gradients(loss, net), gradients(reference, net), 1e-9, floor=1e-6)
+    assert_same_gradients(gradients(loss, net), gradients(reference, net), 1e-9, floor=1e-5)
 
 
 def test_a_mean_of_the_means_of_segments_is_another() -> None:
@@ -338,7 +338,7 @@ def test_what_is_of_a_token_goes_where_its_segment_goes(name: str) -> None:
     torch.testing.assert_close(parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64), rtol=1e-9, atol=0)
     reference = gradients(differentiable(logits, x, want), net)
     assert name == 'embed_ids' or f'of_tokens.{name}' in reference
-    assert_same_gradients(gradients(loss, net), reference, 1e-9, floor=1e-6)
+    assert_same_gradients(gradients(loss, net), reference, 1e-9, floor=1e-5)
 
 
 def test_a_condition_of_rows_may_be_as_wide_as_they_are_long() -> None:
