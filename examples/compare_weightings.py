@@ -50,7 +50,7 @@ TASKS: dict[str, dict[str, Any]] = {
     'lines': {'steps': 1500},
     'pages': {'steps': 300, 'seq_len': 1024, 'batch_size': 8},
     'mixed': {'steps': 1000},
-    'sums': {'steps': 3000},
+    'sums': {'steps': 1500},
 }
 
 

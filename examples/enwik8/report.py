@@ -27,7 +27,7 @@ from palette import CYCLE, label
 from torch import Tensor, nn
 
 EDGES = (2, 8, 32, 128, 512, 2048, 8192)  # bytes; a bucket holds the lengths from one edge up to the next
-ANSWER_EDGES = (2, 5, 8, 11, 14)  # bytes of an answer, where all sequences are answers
+ANSWER_EDGES = (4, 10, 16, 22, 28)  # bytes of an answer, where all sequences are answers
 METRICS, PICTURE = 'metrics.jsonl', 'loss_by_length.png'  # files of a run
 
 

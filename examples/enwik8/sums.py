@@ -1,15 +1,20 @@
-"""Sums of two numbers of 1 to 12 digits, made without a text: an answer is right when all of its digits are.
+"""Sums of two numbers of 1 to 12 digits, made without a text: an answer is right when all of it is.
 
-`59+70`, then a byte that no question holds, then `201`: 95 + 7 = 102, each number from its last digit to its first, so
-that a digit of the answer needs nothing that comes after it. Both numbers have d digits, zeros in front of the shorter
-one, and the answer has d + 1, so it needs no end. Of a sum the answer alone is learned.
+`a97b50`, then a byte that no question holds, then `a6b6c0`: 59 + 07 = 66. A letter names each place, from the last
+digit on, then come the digits of both numbers there, or that of their sum, so that a digit of the answer needs nothing
+that comes after it. Both numbers have d digits, zeros in front of the shorter one, and the answer has d + 1, so it
+needs no end. Of a sum the answer alone is learned.
+
+Without the letters such a network does not find the digits that belong together, as Zhou et al. report too: What
+Algorithms can Transformers Learn?, 2023, https://arxiv.org/abs/2310.16028.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
+from string import ascii_lowercase
 
 from command_line import UsageError
 from enwik8.mixed import END, Answer
@@ -18,7 +23,7 @@ DIGITS = 12  # of the longest numbers; as many sums have 1 digit as have 12
 PER_LENGTH = 1_000_000  # sums to train on; of few digits, many are the same
 HELD_OUT = 20  # one sum in so many
 HELD_OUT_PER_LENGTH = 100  # drawn, and fewer where they repeat
-LONGEST = len('+') + len(END) + 3 * DIGITS + 1  # bytes
+LONGEST = 3 * DIGITS + len(END) + 2 * (DIGITS + 1)  # bytes
 
 
 def split_sums(text: bytes, max_len: int) -> tuple[Sequence[bytes], list[bytes]]:
@@ -49,11 +54,16 @@ def draw_sum(digits: int, random: Random, is_held_out: bool) -> Answer:
     """Draw two numbers until their sum is on the wanted side."""
     while True:
         a, b = random.randrange(10**digits), random.randrange(10**digits)
-        question = f'{written(a, digits)}+{written(b, digits)}'.encode()
+        question = written(zip(of_places(a, digits), of_places(b, digits), strict=True))
         if (zlib.crc32(question) % HELD_OUT == 0) == is_held_out:
-            return Answer(question + END + written(a + b, digits + 1).encode())
+            return Answer(question + END + written(of_places(a + b, digits + 1)))
 
 
-def written(number: int, digits: int) -> str:
+def of_places(number: int, digits: int) -> str:
     """Write a number from its last digit to its first."""
     return f'{number:0{digits}}'[::-1]
+
+
+def written(places: Iterable[Iterable[str]]) -> bytes:
+    """Write what is at each place after its letter."""
+    return ''.join(letter + ''.join(digits) for letter, digits in zip(ascii_lowercase, places)).encode()  # noqa: B905
