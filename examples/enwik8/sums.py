@@ -5,8 +5,8 @@ digit on, then come the digits of both numbers there, or that of their sum, so t
 that comes after it. Both numbers have d digits, zeros in front of the shorter one, and the answer has d + 1, so it
 needs no end. Of a sum the answer alone is learned.
 
-Without the letters such a network does not find the digits that belong together, as Zhou et al. report too: What
-Algorithms can Transformers Learn?, 2023, https://arxiv.org/abs/2310.16028.
+The letters are the index hints of Zhou et al., What Algorithms can Transformers Learn?, 2023,
+https://arxiv.org/abs/2310.16028. Without them a small network hardly learned a sum in 3,000 steps.
 """
 
 from __future__ import annotations
