@@ -40,9 +40,9 @@ from enwik8.text import read_text
 from enwik8.tuning import Tuning, table_of_rates
 from rich.console import Console
 
-VALIDATIONS = 8  # of a run at least, and as many checkpoints: one for every 125 steps of a long one
-STEPS_PER_VALIDATION = 125
-STEPS_UNTIL_FLAT = 3000
+VALIDATIONS = 8  # of a run at least, and as many checkpoints
+STEPS_PER_VALIDATION = 125  # of a long one
+STEPS_UNTIL_FLAT, VALIDATIONS_UNTIL_FLAT = 3000, 24
 EXTENSIONS = 4  # rates beyond the grid that a weighting tries where its best is at the edge
 
 # what a run of each task has otherwise than the preset; where pages are cut at 256 bytes, all of them are as long
@@ -121,7 +121,8 @@ def run_config(config: Config, weighting: Weighting, seed: int, learning_rate: f
     given = {name: value for name, value in asdict(config).items() if name in own and value is not None}
     until_flat = {'steps': STEPS_UNTIL_FLAT} if config.until_flat is not None else {}
     options = PRESETS['tiny'] | TASKS[config.task] | until_flat | given
-    validations = max(VALIDATIONS, options['steps'] // STEPS_PER_VALIDATION)
+    least = VALIDATIONS_UNTIL_FLAT if until_flat else VALIDATIONS
+    validations = max(least, options['steps'] // STEPS_PER_VALIDATION)
     every = -(-options['steps'] // validations)  # rounded up: else one comes a few steps before the last
     options |= {'validate_every': every, 'checkpoint_every': every, 'sequences': config.task, 'layout': 'packed'}
     rate = ''

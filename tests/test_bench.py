@@ -10,8 +10,6 @@ import pytest
 import torch
 from fused_problem import has_compiler
 
-from xtloss.losses import chunked
-
 EXAMPLES = Path(__file__).parent.parent / 'examples' / 'benchmarks'
 TINY: dict[str, Any] = {'tokens': 64, 'dim': 32, 'vocab': 100, 'depth': 1, 'rounds': 1, 'seconds': 0.0, 'threads': 1}
 
@@ -158,34 +156,6 @@ def test_the_accelerated_path_moves_few_bytes(bench: ModuleType) -> None:
             lambda peer=peer: bench.HEADS[peer](p), logits=512 * 4096, dim=48, force_accelerated=forced
         )
         assert low <= count <= high
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore')  # torch's own, of its compiler
-@pytest.mark.skipif(not has_compiler(), reason='no compiler')
-def test_loads_and_stores_of_the_generated_code(bench: ModuleType) -> None:
-    """Inductor counts a buffer once, however often a kernel reads it: the code itself has three loads and a store.
-
-    A loop for the maximum, a loop for the sum, and the gradient's; 8 bytes in bfloat16 where no cache helps.
-    """
-    import re
-
-    from torch._inductor.utils import run_and_get_code
-
-    r, v = 32, 512
-    z, target, weight = torch.randn(r, v).bfloat16(), torch.randint(0, v, (r,)), torch.rand(r)
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
-        terms = torch.compile(chunked.row_terms, dynamic=True)
-        (_, m, scale, slope), first = run_and_get_code(terms, z, None, target, weight)
-        gradient = torch.compile(chunked.write_gradient, dynamic=True)
-        _, second = run_and_get_code(gradient, z, None, target, m, scale, slope, z)
-    torch._dynamo.reset()
-    whole = r'(loadu|store)\(\w+ \+ static_cast<int64_t>\(x1 \+ ks\d+\*x0\), static_cast<int64_t>\(\d+\)\)'  # no tails
-    found = [re.findall(whole, '\n'.join(code)) for code in (first, second)]
-    if not any(found):
-        pytest.skip('the compiler writes no vector code for this processor')
-    assert found == [['loadu', 'loadu'], ['loadu', 'store']]
 
 
 @pytest.mark.slow

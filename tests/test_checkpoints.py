@@ -196,13 +196,6 @@ def test_a_file_gives_options_and_the_command_line_comes_after(folder):
     assert load_config(Path('runs', 'other', 'config.json')) == replace(load_config(path), steps=3, name='other')
 
 
-def test_yaml_by_hand(folder):
-    (folder / 'a.yaml').write_text(
-        'equal_loss_weight_batch: true\nlearning_rate: 1e-3\nsteps: 3\nloss_weighting: null\n'
-    )
-    assert load_config(Path('a.yaml')) == Config(equal_loss_weight_batch=True, learning_rate=1e-3, steps=3)
-
-
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
@@ -255,14 +248,6 @@ def test_the_norm_of_the_gradient_is_that_before_it_is_clipped(monkeypatch):
     assert norms[0] == norms[1] > 0.1
 
 
-def test_a_tracker_that_is_not_there_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(config, 'get_available_trackers', lambda: [])
-    with pytest.raises(SystemExit) as stop:
-        train_enwik8.main([*ARGS, '--tracker', 'wandb'])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == 'train_enwik8.py: --tracker wandb wants its package: pip install wandb\n'
-
-
 def test_whoever_asks_for_the_steps_hears_nothing_else(capsys):
     taken = []
     train_enwik8.train(TINY, on_step=taken.append)
@@ -285,19 +270,3 @@ def test_a_run_goes_on_from_a_prompt(capsys):
     model = train_enwik8.build_model(load_config(RUN / 'config.json'))
     assert checkpoints.load_weights(model, RUN) == 6
     assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items() if name in weights)
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ('--generate-from runs/none --prompt a', 'cannot read runs/none/config.json: No such file or directory'),
-        ('--generate-from runs/none', '--generate-from wants a --prompt of at least one byte'),
-        ('--prompt a', '--prompt goes with --generate-from'),
-        ('--preset tiny --heads 1', '--heads 1 goes with --dim 64, the width of a head, got 128'),
-    ],
-)
-def test_what_does_not_go_together_is_one_line(capsys, options, message):
-    with pytest.raises(SystemExit) as stop:
-        train_enwik8.main(options.split())
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f'train_enwik8.py: {message}\n'

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from xtloss.arguments import INTEGERS, check, is_integer, is_number, keywords, refuse_unknown, widened
+from xtloss.arguments import INTEGERS, check, is_integer, is_number, widened
 
 X = torch.zeros(2, 3, dtype=torch.long)
 
@@ -32,61 +32,6 @@ X = torch.zeros(2, 3, dtype=torch.long)
 )
 def test_what_is_an_integer_and_a_number(value: Any, integer: bool, number: bool) -> None:
     assert (is_integer(value), is_number(value)) == (integer, number)
-
-
-RULES = {
-    'x': 'integer: b n',
-    'weight': 'floating point: b | b n',
-    'keys': 'bool: b n+ | 1 n+',
-    'other': 'tensor: b ...',
-}
-RIGHT: list[dict[str, Any]] = [
-    {},
-    {'weight': torch.ones(2)},
-    {'weight': torch.ones(2, 3).half()},
-    {'keys': torch.ones(2, 3).bool()},
-    {'keys': torch.ones(1, 7).bool()},
-    {'other': torch.ones(2)},
-    {'other': torch.ones(2, 5, 1)},
-]
-WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({'weight': torch.ones(3)}, ValueError, r'^weight must have shape \(2,\) or \(2, 3\) like x, got \(3,\)$'),
-    ({'weight': torch.ones(2, 4)}, ValueError, r'^weight must have shape .*, got \(2, 4\): as x is$'),
-    ({'weight': X}, TypeError, r'^weight must be floating point, got int64$'),
-    ({'weight': [1.0]}, TypeError, r'^weight must be floating point, a tensor, got list$'),
-    (
-        {'keys': torch.ones(2, 2).bool()},
-        ValueError,
-        r'^keys must have shape \(2, 3 or more\) or \(1, 3 or more\) like x',
-    ),
-    ({'keys': torch.ones(3, 3).bool()}, ValueError, r'got \(3, 3\)$'),
-    ({'other': torch.ones(3, 5)}, ValueError, r'^other must have shape \(2, \.\.\.\) like x, got \(3, 5\)$'),
-    ({'other': torch.ones(2, device='meta')}, ValueError, r'^other must be on cpu like x, got meta$'),
-    ({'other': torch.ones(2).to_sparse()}, TypeError, r'^other must be a dense tensor, got a sparse_coo one$'),
-]
-
-
-@pytest.mark.parametrize('values', RIGHT, ids=str)
-def test_dims_that_fit(values: dict[str, Any]) -> None:
-    sizes = check(RULES, {'x': X, **values})
-    assert (sizes['b'], sizes['n']) == (2, 3)
-
-
-@pytest.mark.parametrize(('values', 'error', 'message'), WRONG, ids=[message for *_, message in WRONG])
-def test_dims_that_do_not(values: dict[str, Any], error: type[Exception], message: str) -> None:
-    notes = {'weight': ': as x is'} if message.endswith('as x is$') else None
-    with pytest.raises(error, match=message):
-        check(RULES, {'x': X, **values}, notes)
-
-
-def test_dims_bind_from_one_argument_to_the_next() -> None:
-    rules = {'embed': 'floating point: N d', 'weight': 'floating point: vocab d', 'bias': 'floating point: vocab'}
-    embed, weight = torch.ones(5, 4), torch.ones(9, 4)
-    assert check(rules, {'embed': embed, 'weight': weight, 'bias': torch.ones(9)})['vocab'] == 9
-    with pytest.raises(ValueError, match=r'^weight must have shape \(vocab, 4\) like embed, got \(9, 3\)$'):
-        check(rules, {'embed': embed, 'weight': weight[:, 1:]})
-    with pytest.raises(ValueError, match=r'^bias must have shape \(9,\) like embed, got \(4,\)$'):
-        check(rules, {'embed': embed, 'weight': weight, 'bias': torch.ones(4)})
 
 
 def test_lists_of_tensors() -> None:
@@ -121,16 +66,6 @@ def test_widened_integers_neither_wrap_nor_change() -> None:
     assert wide.dtype == torch.int64
     mask = torch.tensor([True])
     assert widened(mask) is mask
-
-
-def test_unknown_keywords() -> None:
-    def forward(self: Any, x: Any, *args: Any, lens: Any = None, **kwargs: Any) -> None: ...
-
-    known = keywords(forward, lambda mask: None)
-    assert sorted(known) == ['lens', 'mask', 'x']
-    refuse_unknown('loss_normalizer()', ['lens', 'mask'], known)
-    with pytest.raises(TypeError, match=r"^loss_normalizer\(\) got an unexpected keyword argument 'lenss'$"):
-        refuse_unknown('loss_normalizer()', ['lens', 'lenss'], known)
 
 
 def test_float_normalizers_are_traced() -> None:

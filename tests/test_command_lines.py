@@ -92,15 +92,6 @@ def test_a_folder_that_cannot_be_written(folder, capsys):
     assert 'cannot write to runs/' in refusal(capsys, train_enwik8.main, [*TINY, '--steps', '1'])
 
 
-@pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no disk that is always full')
-def test_a_full_disk_is_one_line(folder, capsys):
-    (folder / 'runs' / 'full').mkdir(parents=True)
-    (folder / 'runs' / 'full' / 'config.json.part').symlink_to('/dev/full')
-    line = refusal(capsys, train_enwik8.main, [*TINY, '--steps', '1', '--name', 'full'])
-    assert line.startswith('train_enwik8.py: ')
-    assert line.endswith('No space left on device')
-
-
 def test_ctrl_c_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop, one_line_errors('a.py'):
         raise KeyboardInterrupt
@@ -151,16 +142,6 @@ def test_what_is_no_good_is_one_line(folder, capsys, monkeypatch, main, options,
     assert line.startswith(f'{script}: ')
     assert message in line
     assert [path.name for path in folder.rglob('*') if path.is_file()] == []
-
-
-@pytest.mark.parametrize(
-    'main', [train_enwik8.main, train_continuous.main, train_copy.main, five_layouts.main, bench_packing.main]
-)
-def test_help_says_nothing_of_dims(capsys, main):
-    with pytest.raises(SystemExit) as stop:
-        main(['--help'])
-    assert stop.value.code == 0
-    assert 'n - ' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -220,18 +201,6 @@ def test_the_deprecation_of_torch_jit_script_is_not_shown():
     assert 'another' in done.stderr
 
 
-@pytest.mark.slow
-def test_the_main_job_lets_waiting_threads_sleep():
-    """Spinning threads made a busy machine slow it down by far more than its share."""
-    code = 'import os, sys; sys.path.insert(0, sys.argv[1]); import train_enwik8; print(os.environ["OMP_WAIT_POLICY"])'
-    for given in ({}, {'OMP_WAIT_POLICY': 'ACTIVE'}):
-        environment = {name: value for name, value in os.environ.items() if name != 'OMP_WAIT_POLICY'} | given
-        environment['PYTHONPATH'] = str(EXAMPLES.parent)
-        command = [sys.executable, '-c', code, str(EXAMPLES)]
-        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert printed.strip() == given.get('OMP_WAIT_POLICY', 'PASSIVE')
-
-
 # the report of runs
 
 
@@ -265,59 +234,7 @@ def test_a_run_without_a_report_is_refused(folder, metrics):
     assert not (folder / 'a.png').exists()
 
 
-def test_the_report_of_nothing_and_to_nowhere_is_refused(folder, capsys):
-    with pytest.raises(UsageError, match='name the folder of a run'):
-        report.main((), folder / 'a.png')
-    run = write_run(folder / 'run', 1)
-    with pytest.raises(UsageError, match=r'--out must end in \.png, got a\.tex'):
-        report.main((run,), Path('a.tex'))
-    (folder / 'file').touch()
-    with pytest.raises(UsageError, match='cannot write to file'):
-        report.main((run,), Path('file', 'a.png'))
-    with pytest.raises(SystemExit) as stop, one_line_errors('report.py'):
-        report.main((Path('missing'),))
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == 'report.py: missing/metrics.jsonl: No such file or directory\n'
-
-
-def test_the_picture_of_runs_lies_beside_them(folder):
-    report.main((write_run(folder / 'runs' / 'a', 1),))
-    assert (folder / 'runs' / 'loss_by_length.png').read_bytes().startswith(b'\x89PNG')
-
-
 def test_the_last_bucket_ends_where_sequences_were_cut():
     costs = [report.SequenceCost(length, length - 1, 8.0) for length in (5, 130, 257)]
     assert [row.lengths for row in report.report(costs, longest=257)] == ['2 to 7', '128 to 257', 'all']
     assert [row.lengths for row in report.report(costs[1:], longest=512)] == ['128 to 511', 'all']
-
-
-def test_table_and_picture_print_the_same_digits(folder, monkeypatch):
-    """3.125 was 3.13 in one and 3.12 in the other."""
-    drawn = []
-    monkeypatch.setattr(
-        report.Figure, 'savefig', lambda self, path, **_: drawn.extend(text.get_text() for text in self.axes[0].texts)
-    )
-    rows = [ROW._replace(over_tokens=3.1251), ROW._replace(lengths='all', over_tokens=2.0005, over_sequences=4.4449)]
-    report.draw_by_length({'a': rows}, folder / 'a.png')
-    printed = report.table(rows)
-    assert drawn == ['3.125', '2.001', '4.445'] or drawn == ['3.125', '2.000', '4.445']
-    assert all(number in printed for number in drawn)
-
-
-@pytest.mark.parametrize('count', [1, 2, 6])
-def test_a_legend_shows_every_run_whole(folder, monkeypatch, count):
-    """Long names, one that looks like TeX, one that is broken TeX."""
-    names = ['$x^2$' + 'n' * 120, '$\\frac$', *(f'{index}' + 'n' * 120 for index in range(4))][:count]
-    drawn = []
-    savefig = report.Figure.savefig
-
-    def keep(figure, path, **kwargs):
-        savefig(figure, path, **kwargs)
-        drawn.append((figure.legends[0].get_window_extent(), figure.bbox, len(figure.legends[0].get_texts())))
-
-    monkeypatch.setattr(report.Figure, 'savefig', keep)
-    report.draw_by_length({name: [ROW, ROW._replace(lengths='all')] for name in names}, folder / 'a.png')
-    [(box, page, texts)] = drawn
-    assert page.x0 <= box.x0
-    assert box.x1 <= page.x1
-    assert texts == count

@@ -40,6 +40,8 @@ def reloaded(wrapper: Any, kind: str, network: dict[str, Any]) -> Any:
 
 COPIES: dict[str, Callable[[Any, str, dict[str, Any]], Any]] = {
     'deepcopy': lambda wrapper, *_: copy.deepcopy(wrapper),
+    'deepcopy of a copy': lambda wrapper, *_: copy.deepcopy(copy.deepcopy(wrapper)),
+    'inside a parent': lambda wrapper, *_: copy.deepcopy(nn.ModuleList([wrapper]))[0],
     'pickle': lambda wrapper, *_: pickle.loads(pickle.dumps(wrapper)),
     'torch.save': lambda wrapper, *_: saved(wrapper, weights_only=False),
     'state_dict': reloaded,

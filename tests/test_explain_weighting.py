@@ -9,7 +9,6 @@ from pathlib import Path
 import explain_weighting
 import pytest
 import torch
-from rich.console import Console
 from x_transformers import Decoder, TransformerWrapper
 
 from xtloss import AutoregressiveWrapper
@@ -85,15 +84,6 @@ def test_many_lengths_come_in_ranges_that_sum_to_all(folder, capsys):
         assert sum(row[f'{weighting} sequence'] for row in shares('many')) == pytest.approx(total)
 
 
-def test_tables_of_a_whole_text_fit_a_terminal(capsys):
-    data = explain_weighting.Data(torch.arange(1, 40_001) % 3500 + 1, row=3524, empty=31)
-    for made in explain_weighting.tables(data):
-        Console(width=80).print(made)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 20
-    assert all(len(line) <= 80 and '…' not in line for line in lines)
-
-
 @pytest.mark.parametrize(
     ('lens', 'says'),
     [
@@ -108,27 +98,6 @@ def test_tables_of_a_whole_text_fit_a_terminal(capsys):
 )
 def test_the_spread_in_a_sentence(lens, says):
     assert says in explain_weighting.spread(torch.tensor(lens))
-
-
-@pytest.mark.parametrize(
-    ('number', 'text'),
-    [(25.0, '25'), (10_604.4, '10,604'), (999.6, '1,000'), (0.081037, '0.081'), (1.234e-6, '1.23e-06')],
-)
-def test_shares_are_readable(number, text):
-    assert explain_weighting.readable(number) == text
-
-
-def test_a_table_has_one_unit(capsys):
-    """Percents beside 1/2.86k could not be compared."""
-    for lens, unit in (([3, 1], 'percent'), ([1, *[3000] * 100], 'millionths')):
-        data = explain_weighting.Data(torch.tensor(lens), row=max(lens), empty=0)
-        made = explain_weighting.tables(data)[1]
-        Console(width=100).print(made)
-        assert f'in {unit} of the loss' in made.title
-        cells = [word for line in capsys.readouterr().out.splitlines()[4:] for word in line.split()[2:]]
-        assert cells
-        assert '/' not in ''.join(cells)
-        assert cells[0] == {'percent': '25', 'millionths': '3.33'}[unit]
 
 
 def test_what_does_not_sum_to_100_percent_is_said(capsys):

@@ -179,24 +179,6 @@ def test_every_derivative_of_a_wrapper_that_does_not_fuse_is_upstreams(name: str
 
 
 @pytest.mark.parametrize('fused', [True, False])
-@pytest.mark.parametrize('shape', [(3,), (3, 9)])
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 0.3])
-def test_a_loss_weight_gets_its_gradient(weighting: str | float, shape: tuple[int, ...], fused: bool) -> None:
-    """ℓ · counted · L^-p / Z, which central differences of a loss that is linear in the weights give exactly."""
-    wrapper = AutoregressiveWrapper(decoder(dtype=torch.float64), fused=fused, loss_weighting=weighting)
-    call = {'lens': torch.tensor([9, 0, 4]), 'loss_mask': torch.rand(3, 9) < 0.8}
-    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(wrapper(X, loss_weight=weight, **call), weight)
-    for index in torch.cartesian_prod(*map(torch.arange, shape)).view(-1, len(shape)).tolist():
-        more, less = (weight.detach().index_put(tuple(map(torch.tensor, index)), s) for s in (ONE, -ONE))
-        want = wrapper(X, loss_weight=more, **call) - wrapper(X, loss_weight=less, **call)
-        assert grad[tuple(index)].item() == pytest.approx(want.item() / 2, abs=1e-9)
-
-
-ONE = torch.ones((), dtype=torch.float64)
-
-
-@pytest.mark.parametrize('fused', [True, False])
 def test_a_loss_weight_of_nan_where_nothing_counts_gets_zero(fused: bool) -> None:
     weight = torch.ones(3, 9).index_fill(1, torch.tensor([0, 7, 8]), torch.nan).requires_grad_()
     call = {'lens': torch.tensor([7, 4, 6])}
