@@ -1,11 +1,15 @@
-"""Keys that are hidden, by whatever argument: nobody sees them, and who sees no key at all sees itself."""
+"""Keys that are hidden, by whatever argument: nobody sees them, and who sees no key at all sees itself.
+
+Most in float64, where x-transformers fills what is hidden with -inf's like, and a row of them is NaN.
+"""
 
 from typing import Any
 
 import pytest
 import torch
+from batches import INTEGERS
 from modes import LENS, B, N, batch
-from networks import ROTARY, Stub, assert_same_gradients, continuous_network, decoder, frames, gradients
+from networks import ROTARY, Stub, assert_same_gradients, continuous_network, decoder, gradients
 from torch import Tensor, nn
 
 from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
@@ -34,7 +38,8 @@ def wrapped(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float
     if kind == 'continuous':
         return ContinuousAutoregressiveWrapper(continuous_network(dtype=dtype, **options), **more)
     if kind == 'xl':
-        return XLAutoregressiveWrapper(decoder(dtype=dtype, max_mem_len=S, max_seq_len=S, **options), **more)
+        options = {'max_mem_len': S, 'max_seq_len': S} | options
+        return XLAutoregressiveWrapper(decoder(dtype=dtype, **options), **more)
     return AutoregressiveWrapper(decoder(dtype=dtype, **options), **more)
 
 
@@ -90,17 +95,24 @@ def test_no_loss_moves_with_a_later_token_and_all_is_finite(kind: str, name: str
     torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
 
 
+PADDED = [(kind, name) for kind in ('plain', 'xl', 'continuous') for name in NETWORKS]
+PADDED += [('continuous', name) for name in OF_FRAMES]
+
+
+@pytest.mark.parametrize('told', [False, True], ids=['', 'all keys told'])
 @pytest.mark.parametrize('by', ['mask', 'seq_start_pos'])
-@pytest.mark.parametrize('name', NETWORKS)
-@pytest.mark.parametrize('kind', ['plain', 'xl', 'continuous'])
-def test_left_padding_is_the_rows_alone(kind: str, name: str, by: str) -> None:
-    if kind == 'xl' and by == 'seq_start_pos':
-        return  # refused
+@pytest.mark.parametrize(('kind', 'name'), PADDED)
+def test_left_padding_is_the_rows_alone(kind: str, name: str, by: str, told: bool) -> None:
+    """Beside a mask of keys too, for which the network would drop `mask`."""
+    if (by == 'mask' and name == 'absolute') or (kind == 'xl' and (told or by != 'mask')):
+        return  # whose positions only a start shifts; refused
     x, real = (IDS[:, :S], LEFT[:, -S:]) if kind == 'xl' else (X[kind], LEFT)  # XL: in the first segment
+    options = (NETWORKS | OF_FRAMES)[name]
     call = {'mask': real} if by == 'mask' else START
-    if by == 'mask' and name == 'absolute':  # whose positions only a start shifts
-        return
-    wrapper = wrapped(kind, NETWORKS[name])
+    if told:
+        keys = options.get('num_memory_tokens', 0) + N - (kind == 'continuous')
+        call = {**call, 'self_attn_kv_mask': torch.ones(B, keys).bool()}
+    wrapper = wrapped(kind, options)
     junk = x.masked_fill(~real, -1) if x.ndim == 2 else x.masked_fill(~real[..., None], torch.nan)
     assert_same(wrapper, wrapper(junk, **call), rows_alone(wrapper, x, real))
 
@@ -160,29 +172,11 @@ def test_padding_is_not_seen_where_the_network_would_drop_the_mask(
     for one, other in zip(*seen, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert seen[0][1].item() == pytest.approx(seen[0][0].item(), rel=1e-5)
-
-
-@pytest.mark.parametrize('dropping', DROPPING)
-def test_a_mask_that_masks_nothing_changes_nothing(dropping: str, fused: str | bool) -> None:
-    network, options, call = DROPPING[dropping]
-    wrapper, losses = AutoregressiveWrapper(decoder(layers_depth=2, **network), fused=fused, **options), []
+    losses = []
     for mask in (None, torch.ones(B, N).bool()):
         torch.manual_seed(4)
         losses.append(wrapper(IDS, mask=mask, **call).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-@pytest.mark.parametrize('by', ['mask', 'seq_start_pos', 'lens'])
-def test_a_key_mask_of_frames_does_not_displace_the_mask(by: str) -> None:
-    """The network drops `mask` when it is given `self_attn_kv_mask`, and never masks by `seq_start_pos`."""
-    call = {'mask': {'mask': LEFT}, 'seq_start_pos': START, 'lens': {'lens': LENS}}[by]
-    real, seen = RIGHT if by == 'lens' else LEFT, []
-    net = continuous_network(num_memory_tokens=2, layers_depth=2)
-    net.project_in.register_forward_hook(lambda _, args, out: out.masked_fill(~real[:, :-1, None], junk))
-    for junk in (0.0, 3.0):  # noqa: B007, the hook reads it
-        keys = torch.ones(B, 2 + N - 1).bool()
-        seen.append(ContinuousAutoregressiveWrapper(net)(frames(B, N), self_attn_kv_mask=keys, **call).item())
-    assert seen[0] == pytest.approx(seen[1], rel=1e-6)
 
 
 @pytest.mark.parametrize('name', [*NETWORKS, *OF_FRAMES])
@@ -190,7 +184,7 @@ def test_a_key_mask_of_frames_does_not_displace_the_mask(by: str) -> None:
 def test_no_hidden_key_moves_a_later_loss(name: str, padding: dict[str, Tensor]) -> None:
     """Key 3 is hidden from all, so frame 3 moves no loss but those of itself and of the frame after it."""
     options = (NETWORKS | OF_FRAMES)[name]
-    wrapper, x = wrapped('continuous', options, torch.float32), frames(B, N)
+    wrapper, x = wrapped('continuous', options), X['continuous']
     y = x.clone()
     y[:, 3] += 3
     keys = torch.cat([torch.ones(options.get('num_memory_tokens', 0)).bool(), I[:-1] != 3]).expand(B, -1)
@@ -200,20 +194,19 @@ def test_no_hidden_key_moves_a_later_loss(name: str, padding: dict[str, Tensor])
     torch.testing.assert_close(got.token_loss[:, rest], want.token_loss[:, rest], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('beside', ['nothing', 'mask', 'seq_start_pos', 'self_attn_kv_mask', 'mask_prob'])
-def test_hidden_embeddings_are_not_attended_to(beside: str) -> None:
-    given: dict[str, dict[str, Any]] = {
-        'mask': {'mask': RIGHT},
-        'seq_start_pos': {'seq_start_pos': torch.zeros(B).long()},
-        'self_attn_kv_mask': {'self_attn_kv_mask': torch.ones(B, N).bool()},
-    }
-    options = {'mask_prob': 0.3} if beside == 'mask_prob' else {}
-    wrapper, losses = wrapped('plain', ROTARY, torch.float32, **options), []
+@pytest.mark.parametrize(
+    'beside',
+    [{}, {'mask': RIGHT}, {'seq_start_pos': torch.zeros(B).long()}, {'self_attn_kv_mask': torch.ones(B, N).bool()}],
+    ids='-'.join,
+)
+@pytest.mark.parametrize('mask_prob', [0.0, 0.3])
+def test_hidden_embeddings_are_not_attended_to(beside: dict[str, Tensor], mask_prob: float) -> None:
+    wrapper, losses = wrapped('plain', ROTARY, mask_prob=mask_prob), []
     for scale in (1.0, -3.0):
-        before = torch.ones(B, 2, 16) * torch.tensor([[scale], [1.0]])
+        before = torch.ones(B, 2, 16, dtype=torch.float64) * torch.tensor([[scale], [1.0]])
         torch.manual_seed(0)
         call = {'prepend_embeds': before, 'prepend_mask': torch.tensor([[False, True]]).expand(B, 2)}
-        losses.append(wrapper(IDS, **call, **given.get(beside, {})).item())
+        losses.append(wrapper(IDS, **call, **beside).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -261,3 +254,91 @@ def test_memories_of_nothing(kind: str) -> None:
         want, hidden = model(x, **call), torch.zeros(B, 3).bool()
         for mems, masks in ([None], None), ([], None), (None, [hidden]), ([None], [hidden]):
             torch.testing.assert_close(model(x, **call, mems=mems, mem_masks=masks), want)
+
+
+# a mask of one's own
+
+LONG = {'max_seq_len': 32}  # XL: in one segment
+PADDING: dict[str, dict[str, Tensor]] = {
+    'lens': {'lens': LENS},
+    'loss_mask': {'loss_mask': RIGHT},
+    'mask': {'mask': RIGHT},
+    'key mask': {'loss_mask': RIGHT, 'self_attn_kv_mask': RIGHT},
+    'segment_ids': {'segment_ids': RIGHT.long()},
+    'start': {'loss_mask': RIGHT, 'seq_start_pos': torch.zeros(B).long()},
+}
+TOLD = [('plain', padding) for padding in PADDING]
+TOLD += [(kind, padding) for kind in ('continuous', 'xl') for padding in ('lens', 'loss_mask', 'mask')]
+
+
+@pytest.mark.parametrize(('kind', 'padding'), TOLD)
+@pytest.mark.parametrize('name', NETWORKS)
+def test_what_is_hidden_from_padding_alone_moves_nothing(kind: str, name: str, padding: str) -> None:
+    """A query of padding sees nothing, and nothing sees padding."""
+    model, x, n = wrapped(kind, NETWORKS[name] | LONG), X.get(kind, IDS), N - (kind != 'plain')
+    real = RIGHT[:, :n]
+    attn_mask = (real[:, :, None] & real[:, None, :])[:, None]
+    loss, want = model(x, attn_mask=attn_mask, **PADDING[padding]), model(x, **PADDING[padding])
+    assert loss.item() == pytest.approx(want.item(), rel=1e-9)
+    assert_same_gradients(gradients(loss, model), gradients(want, model), 1e-9)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('kind', ['plain', 'continuous', 'xl'])
+def test_a_mask_that_hides_everything(kind: str, name: str) -> None:
+    model, x, n = wrapped(kind, NETWORKS[name] | LONG), X.get(kind, IDS), N - (kind != 'plain')
+    loss, itself = (model(x, attn_mask=mask) for mask in (torch.zeros(n, n).bool(), torch.eye(n).bool()))
+    assert loss.item() == itself.item()
+    got = gradients(loss, model)
+    assert all(g.isfinite().all() for g in got.values())
+    assert_same_gradients(got, gradients(itself, model), 1e-12)
+
+
+# what else is handed on to the network
+
+
+@pytest.mark.parametrize('dtype', INTEGERS)
+@pytest.mark.parametrize(
+    ('kind', 'name'), [('plain', 'pos'), ('continuous', 'pos'), ('plain', 'embed_ids'), ('xl', 'embed_ids')]
+)
+def test_ids_of_every_integer_dtype(kind: str, name: str, dtype: torch.dtype) -> None:
+    if name == 'pos':
+        wrapper, ids = wrapped(kind, {}), torch.arange(N - (kind == 'continuous')).flip(0)
+        got, want = (wrapper(X[kind], pos=t) for t in (ids.to(dtype), ids))
+    else:
+        wrapper, ids = wrapped(kind, {'embed_num_tokens': {'kind': 4}}), IDS % 4
+        got, want = (wrapper(IDS, embed_ids={'kind': t}) for t in (ids.to(dtype), ids))
+    assert torch.equal(got, want)
+
+
+BAD_MASKS: list[tuple[str, Tensor, str]] = [
+    ('self_attn_kv_mask', RIGHT[:, 1:], r'must have shape \(3, 9 or more\) .* got \(3, 8\)'),
+    ('prepend_mask', RIGHT[:, :3], r'prepend_mask must have shape \(3, 2\) like x, got \(3, 3'),
+    ('prepend_mask', RIGHT[:, :2, None], r'prepend_mask must have shape \(3, 2\)'),
+]
+
+
+@pytest.mark.parametrize(('name', 'value', 'message'), BAD_MASKS)
+def test_masks_of_keys_beside_prepended_embeddings(name: str, value: Tensor, message: str) -> None:
+    model = wrapped('plain', {})
+    for call in (model, model.loss_normalizer):
+        with pytest.raises(ValueError, match=message):
+            call(IDS, prepend_embeds=torch.zeros(B, 2, 16), **{name: value})
+
+
+@pytest.mark.parametrize('kind', ['plain', 'continuous', 'unpadded', 'xl'])
+def test_one_mask_of_keys_for_all_rows(kind: str) -> None:
+    """(1, n), which x-transformers broadcasts, is (b, n) of equal rows."""
+    model, x = wrapped(kind, LONG), X.get(kind, IDS)
+    keys = ((I < 3) | (I > 4))[None, kind in ('continuous', 'xl') :]  # XL: of the keys of each segment
+    call = {'lens': LENS} if kind == 'unpadded' else {}
+    model.unpad = kind == 'unpadded'
+    got, want = (model(x, self_attn_kv_mask=mask, **call) for mask in (keys, keys.expand(B, -1)))
+    assert got.item() == want.item() != model(x, **call).item()
+
+
+def test_unpad_follows_the_device_of_the_data() -> None:
+    model = wrapped('plain', {}, unpad=True)
+    want = model(IDS, lens=LENS)
+    with torch.device('meta'):
+        assert torch.equal(model(IDS, lens=LENS), want)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import x_transformers.attend
 from networks import HostCopies, assert_same_gradients, gradients
 from torch import Tensor, nn
-from x_transformers import Decoder, Encoder, TransformerWrapper
+from x_transformers import Decoder, TransformerWrapper
 from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention, AttentionLayers, FeedForward
 
@@ -84,61 +84,43 @@ APART: list[dict[str, Any]] = [
     {'emb_dim': 8}, {'emb_frac_gradient': 0.1}, {'embed_num_tokens': {'kind': 3}},
     {'max_mem_len': 4, 'shift_mem_down': 1}, {'looped': True, 'pre_and_post_norm': True},
 ]
-# fmt: on
 
-MOVES = [  # by masks and positions alone: one sequence moves another, or is another where it lies elsewhere in the row
-    ('scaled_sinu_pos_emb', {'scaled_sinu_pos_emb': True}),
-    ('shift_tokens', {'shift_tokens': 1}),
-    ('attn_selective', {'attn_selective': True}),
-    ('attn_orthog_projected_values', {'attn_orthog_projected_values': True}),
-    ('attn_orthog_projected_values_per_head', {'attn_orthog_projected_values_per_head': True}),
-    ('orthog_residual', {'orthog_residual': True}),
-    ('mv_split_residual', {'mv_split_residual': True}),
-    (
-        'attn_hybrid_module',
-        {'attn_hybrid_module': nn.GRU(WIDTH, WIDTH, batch_first=True), 'attn_hybrid_fold_axial_dim': 1},
-    ),
-    ('attn_inverted_attention', {'cross_attend': True, 'cross_attn_inverted_attention': True}),
-    ('polar_pos_emb beside an absolute', {'polar_pos_emb': True, 'disable_abs_pos_emb': False}),
-    ('attn_use_cope beside rotary_pos_emb', {'attn_use_cope': True, 'rotary_pos_emb': True}),
-    ('attn_l2_distance beside rotary_xpos', {'attn_l2_distance': True, 'rotary_xpos': True}),
-    ('attn_max_attend_past beside cross_attend', {'cross_attend': True, 'attn_max_attend_past': 2}),
-    ('attn_use_rel_proj_pos_bias beside cross_attend', {'cross_attend': True, 'attn_use_rel_proj_pos_bias': True}),
-    ('attn_gumbel_softmax', {'attn_gumbel_softmax': True}),  # random in evaluation
-    ('attn_custom_attn_fn', {'attn_custom_attn_fn': lambda sim: sim.softmax(dim=-2)}),
-    ('Softmax dim', {'ff_custom_activation': nn.Softmax(dim=-2)}),
+# by masks and positions alone one sequence moves another, or is another where it lies elsewhere in the row
+MOVES: list[dict[str, Any]] = [
+    *({option: True} for option in """
+        scaled_sinu_pos_emb attn_selective attn_orthog_projected_values attn_orthog_projected_values_per_head
+        orthog_residual mv_split_residual attn_gumbel_softmax
+    """.split()),  # the last of which is random in evaluation
+    {'attn_hybrid_module': nn.GRU(WIDTH, WIDTH, batch_first=True), 'attn_hybrid_fold_axial_dim': 1},
+    {'shift_tokens': 1}, {'polar_pos_emb': True, 'disable_abs_pos_emb': False},
+    {'attn_use_cope': True, 'rotary_pos_emb': True}, {'attn_l2_distance': True, 'rotary_xpos': True},
+    {'cross_attend': True, 'cross_attn_inverted_attention': True},
+    {'cross_attend': True, 'attn_max_attend_past': 2}, {'cross_attend': True, 'attn_use_rel_proj_pos_bias': True},
+    {'attn_custom_attn_fn': lambda sim: sim.softmax(dim=-2)}, {'ff_custom_activation': nn.Softmax(dim=-2)},
 ]
-BREAKS = [  # masks of (b, 1, n, n) do not fit, positions of (b, n) are not taken, or outputs belong to no token
-    ('num_memory_tokens', {'num_memory_tokens': 2}),
-    ('attn_num_mem_kv', {'attn_num_mem_kv': 2}),
-    ('use_cls_token', {'use_cls_token': True}),
-    ('rel_pos_bias beside an absolute', {'rel_pos_bias': True, 'disable_abs_pos_emb': False}),
-    ('dynamic_pos_bias beside an absolute', {'dynamic_pos_bias': True}),
-    ('attn_data_dependent_alibi beside cross_attend', {'cross_attend': True, 'attn_data_dependent_alibi': True}),
-    ('average_pool_embed', {'average_pool_embed': True}),
-    ('attn_pool', {'attn_pool': True}),
-    ('num_output_heads', {'num_output_heads': 2}),
-    ('to_logits', {'to_logits': nn.Conv1d(1, 1, 3)}),
-    ('token_emb', {'token_emb': nn.EmbeddingBag(VOCABULARY, WIDTH)}),
+# masks of (b, 1, n, n) do not fit, positions of (b, n) are not taken, or outputs belong to no token
+BREAKS: list[dict[str, Any]] = [
+    {'num_memory_tokens': 2}, {'attn_num_mem_kv': 2}, {'use_cls_token': True}, {'average_pool_embed': True},
+    {'rel_pos_bias': True, 'disable_abs_pos_emb': False}, {'dynamic_pos_bias': True}, {'attn_pool': True},
+    {'cross_attend': True, 'attn_data_dependent_alibi': True}, {'num_output_heads': 2},
+    {'to_logits': nn.Conv1d(1, 1, 3)}, {'token_emb': nn.EmbeddingBag(VOCABULARY, WIDTH)},
 ]
+# fmt: on
 
 
 def label(options: dict[str, Any]) -> str:
     """The options as a test's name."""
-    return '-'.join(k if v is True else f'{k}={v}' for k, v in options.items()).replace(' ', '') or 'default'
+    numbers = {k: f'={v}' for k, v in options.items() if v is not True and isinstance(v, int | float | tuple)}
+    return '-'.join(k + numbers.get(k, '') for k in options).replace(' ', '') or 'default'
 
 
 def lacking(options: dict[str, Any]) -> list[str]:
     """The options that this release of x-transformers does not know."""
-    known = set()
-    for prefix, module in {
-        '': AttentionLayers,
-        'attn_': Attention,
-        'cross_attn_': Attention,
-        'ff_': FeedForward,
-    }.items():
+    known = set(inspect.signature(TransformerWrapper).parameters)
+    prefixes = {'': AttentionLayers, 'attn_': Attention, 'cross_attn_': Attention, 'ff_': FeedForward}
+    for prefix, module in prefixes.items():
         known |= {prefix + name for name in inspect.signature(module).parameters}
-    return [name for name in options if name not in known | set(inspect.signature(TransformerWrapper).parameters)]
+    return [name for name in options if name not in known]
 
 
 def build(options: dict[str, Any]) -> TransformerWrapper:
@@ -182,9 +164,8 @@ def runs(ids: Tensor) -> list[list[tuple[int, int]]]:
 
 def by_run(ids: Tensor) -> Tensor:
     """(b, n) int64: how far each position is from where its run starts."""
-    return torch.tensor([[i - start for start, stop in spans for i in range(start, stop)] for spans in runs(ids)]).view(
-        ids.shape
-    )
+    rows = [[i - start for start, stop in spans for i in range(start, stop)] for spans in runs(ids)]
+    return torch.tensor(rows, dtype=torch.int64).view(ids.shape)
 
 
 def by_hand(net: TransformerWrapper, ids: Tensor) -> dict[str, Any]:
@@ -230,58 +211,6 @@ def packed_and_alone(net: TransformerWrapper, arguments: dict[str, Any]) -> tupl
 
 # networks
 
-
-@pytest.mark.parametrize('options', APART, ids=label)
-def test_options_that_keep_sequences_apart(options: dict[str, Any]) -> None:
-    """What is measured is rounding, and the loss of packed rows is that of each sequence alone."""
-    net = build(options)
-    arguments = needed(net)
-    assert segment_leak(net, **arguments) < 1e-4
-    tolerance = 1e-4 if 'looped' in options else 1e-5
-    torch.testing.assert_close(*packed_and_alone(net, arguments), rtol=tolerance, atol=0)
-
-
-@pytest.mark.parametrize(('name', 'options'), MOVES + BREAKS, ids=[name for name, _ in MOVES + BREAKS])
-def test_options_that_do_not(name: str, options: dict[str, Any]) -> None:
-    """They are refused; inf where masks, positions or outputs do not fit."""
-    net = build(options)
-    arguments = needed(net)
-    assert segment_leak(net, **arguments) > 1e-2
-    assert (segment_leak(net, **arguments) == float('inf')) == ((name, options) in BREAKS)
-    if not getattr(net, 'has_multiple_heads', False):
-        with pytest.raises(ValueError, match=r'^segment_ids: .* options of the table in the README'):
-            AutoregressiveWrapper(net)(IDS, segment_ids=IDS, **arguments)
-
-
-def test_other_networks() -> None:
-    """Encoders, subclasses and replaced forwards that do not heed the mask, and networks of other kinds."""
-
-    class Mine(Attention):
-        def forward(self, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
-
-    layers = Encoder(dim=8, depth=1, heads=2, attn_dim_head=4)
-    encoder = TransformerWrapper(num_tokens=4, max_seq_len=4, attn_layers=layers)
-    subclassed, replaced = build({}), build({})
-    subclassed.attn_layers.layers[0][1].__class__ = Mine
-    forward = replaced.attn_layers.forward
-    replaced.attn_layers.forward = lambda x, attn_mask, **kwargs: forward(x, **kwargs)
-    for net in (encoder, subclassed, replaced, nn.Linear(2, 2)):
-        assert segment_leak(net) > 1e-1
-
-
-def test_subclasses_that_keep_the_forward() -> None:
-    """Sharding gives modules a class of their own, which inherits everything; compilation wraps them."""
-    net = build({})
-    for module in list(net.modules()):
-        module.__class__ = type(f'Sharded{type(module).__name__}', (type(module),), {})
-    for outer in (net, torch.compile(net, backend='eager')):
-        assert segment_leak(outer) < 1e-4
-        assert segment_arguments(outer, IDS, {}).keys() == {'attn_mask', 'pos'}
-
-
-# arguments of the network's forward
-
 B, N = IDS.shape
 draw = torch.Generator().manual_seed(0)
 KEYS = torch.rand(B, N, generator=draw) < 0.7
@@ -300,9 +229,6 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {'in_attn_cond': EMBEDS[:, 0]}),
     ({}, {'in_attn_cond': EMBEDS}),
     ({'use_adaptive_rmsnorm': True}, {'condition': EMBEDS}),
-    ({'embed_num_tokens': {'kind': 3}}, {'embed_ids': {'kind': torch.arange(B * N).view(B, N) % 3}}),
-    ({'cross_attend': True}, {'context': EMBEDS[:, :3], 'context_mask': torch.ones(B, 3, dtype=torch.bool)}),
-    ({'recycling': True}, {'recycle_steps': 3}),
     ({'looped': True, 'pre_and_post_norm': True}, {'looped_steps': 2}),
     ({'looped': True, 'pre_and_post_norm': True}, {'max_looped_steps': 2}),
     ({}, {'layers_execute_order': (0, 1, 0, 1, 2, 3)}),
@@ -311,13 +237,32 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(('options', 'arguments'), ARGUMENTS, ids=lambda value: '-'.join(value) or 'default')
-def test_arguments_of_the_network(options: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Masks are joined, whatever their shape; the rest passes through."""
+CASES = [(options, {}) for options in APART] + ARGUMENTS
+
+
+@pytest.mark.parametrize(('options', 'given'), CASES, ids=[label(options | given) for options, given in CASES])
+def test_options_that_keep_sequences_apart(options: dict[str, Any], given: dict[str, Any]) -> None:
+    """What is measured is rounding, and the loss of packed rows is that of each sequence alone.
+
+    With arguments of the network too: masks are joined, whatever their shape, the rest passes through.
+    """
     net = build(options)
+    arguments = needed(net) | given
     assert segment_leak(net, **arguments) < 1e-4
     tolerance = 1e-4 if 'looped' in options else 1e-5
     torch.testing.assert_close(*packed_and_alone(net, arguments), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize('options', MOVES + BREAKS, ids=label)
+def test_options_that_do_not(options: dict[str, Any]) -> None:
+    """They are refused; inf where masks, positions or outputs do not fit."""
+    net = build(options)
+    arguments = needed(net)
+    assert segment_leak(net, **arguments) > 1e-2
+    assert (segment_leak(net, **arguments) == float('inf')) == (options in BREAKS)
+    if not getattr(net, 'has_multiple_heads', False):
+        with pytest.raises(ValueError, match=r'^segment_ids: .* options of the table in the README'):
+            AutoregressiveWrapper(net)(IDS, segment_ids=IDS, **arguments)
 
 
 @pytest.mark.parametrize('options', [{}, {'attn_flash': True}, {'attn_sigmoid': True}], ids=label)
@@ -346,62 +291,17 @@ def test_positions_that_see_nothing_see_nothing(options: dict[str, Any], name: s
     'ids', [IDS, IDS[:, :1], IDS[:1] * 0, IDS.flip(1)[:, ::2], IDS[:0]], ids=lambda t: str(tuple(t.shape))
 )
 def test_mask_and_positions(ids: Tensor, dtype: torch.dtype) -> None:
-    """Entry by entry, for one position, nothing but padding, no row; nothing of the caller's is changed."""
-    net, arguments = build({}), {'mask': None, 'return_attn': True}
-    given = segment_arguments(net, ids.to(dtype), arguments)
-    want = by_hand(net, ids)
-    assert given.keys() == {'mask', 'return_attn', 'attn_mask', 'pos'}
-    assert torch.equal(given['attn_mask'], want['attn_mask'])
-    assert given['attn_mask'].dtype == torch.bool
-    assert torch.equal(given['pos'], want['pos'])
-    assert given['pos'].dtype == torch.int64
-    assert arguments == {'mask': None, 'return_attn': True}
-
-
-@pytest.mark.parametrize(
-    'options', [o for o in APART if o.keys() <= {'rotary_pos_emb', 'rel_pos_bias', 'use_abs_pos_emb'} and o]
-)
-def test_positions_only_where_the_embedding_is_absolute(options: dict[str, Any]) -> None:
-    """Relative encodings are the same anywhere in a row."""
-    arguments: dict[str, Any] = {}
-    assert segment_arguments(build(options), IDS, arguments).keys() == {'attn_mask'}
-    assert arguments == {}
-
-
-def test_a_four_token_row() -> None:
-    """Worked by hand: two sequences of two."""
-    given = segment_arguments(build({}), torch.tensor([[5, 5, 6, 6]]), {'attn_mask': torch.ones(4, 4).tril().bool()})
-    assert given['pos'].tolist() == [[0, 1, 0, 1]]
-    assert given['attn_mask'].int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
-
-
-def test_no_host_sync_and_no_random_numbers() -> None:
-    net, arguments = build({}), {'attn_mask': torch.ones(N, N, dtype=torch.bool)}
-    state = torch.get_rng_state()
-    with HostCopies() as copies:
-        segment_arguments(net, IDS, arguments)
-    assert copies.count == 0
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('options', [{}, {'rotary_pos_emb': True, 'attn_flash': True}], ids=label)
-def test_compiles_whole(options: dict[str, Any], whole_graphs: None) -> None:
-    """No graph break in what is handed, nor in the network, where upstream's has none with a mask."""
-    net = build({'depth': 1} | options).eval()
-    x, mask = torch.randint(0, VOCABULARY, IDS.shape), torch.ones(N, N).tril().bool()
-
-    def handed(ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        return segment_arguments(net, ids, {'attn_mask': mask})
-
-    compiled = torch.compile(handed, fullgraph=True, backend='eager')(IDS, mask)
-    for name, value in handed(IDS, mask).items():
-        assert torch.equal(compiled[name], value)
-
-    if 'entirely_masked.any()' in inspect.getsource(x_transformers.attend):
-        pytest.skip(f'x-transformers {version("x-transformers")} reads its mask')
-    whole = torch.compile(lambda x, ids: net(x, **segment_arguments(net, ids, {})), fullgraph=True, backend='eager')
-    torch.testing.assert_close(whole(x, IDS), net(x, **segment_arguments(net, IDS, {})))
+    """Entry by entry, for one position, nothing but padding, no row, without host sync; positions only if absolute."""
+    for options in ({}, {'rotary_pos_emb': True}, {'rel_pos_bias': True}, {'use_abs_pos_emb': False}):
+        net, arguments = build(options), {'mask': None, 'return_attn': True}
+        with HostCopies() as copies:
+            given = segment_arguments(net, ids.to(dtype), arguments)
+        assert copies.count == 0
+        want = {'mask': None, 'return_attn': True, **by_hand(net, ids)}
+        assert given.keys() == want.keys()
+        for name in want.keys() - arguments.keys():
+            torch.testing.assert_close(given[name], want[name], rtol=0, atol=0)
+        assert arguments == {'mask': None, 'return_attn': True}  # nothing of the caller's is changed
 
 
 # flash-attn's variable-length attention, by a stand-in of its function and without x-transformers' look at the device
@@ -525,10 +425,10 @@ def test_varlen_attention_reads_a_padded_batch_as_one_row(padding: str) -> None:
     assert_same_gradients(gradients(loss, net), gradients(want, masked), 1e-9)
 
 
-VARLEN_NOTHING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    'nothing is real': ({'unpad': True}, {'x': torch.ones(4, 5).long(), 'lens': torch.zeros(4).long()}),
-    'no rows': ({'unpad': True}, {'x': torch.ones(0, 5).long(), 'lens': torch.zeros(0).long()}),
-    'no packed row': ({}, {'x': torch.ones(0, 5).long(), 'segment_ids': torch.ones(0, 5).long()}),
+VARLEN_NOTHING: dict[str, tuple[bool, int, dict[str, Any]]] = {
+    'nothing is real': (True, 4, {'lens': torch.zeros(4).long()}),
+    'no rows': (True, 0, {'lens': torch.zeros(0).long()}),
+    'no packed row': (False, 0, {'segment_ids': torch.ones(0, 5).long()}),
 }
 
 
@@ -536,10 +436,10 @@ VARLEN_NOTHING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize('nothing', VARLEN_NOTHING)
 def test_varlen_attention_of_nothing(nothing: str) -> None:
     """The loss is 0, with a gradient of 0 for each parameter that rows reach."""
-    net, (options, call) = build(VARLEN), VARLEN_NOTHING[nothing]
-    wrapper = AutoregressiveWrapper(net, **options)
+    unpad, rows, told = VARLEN_NOTHING[nothing]
+    wrapper = AutoregressiveWrapper(build(VARLEN), unpad=unpad)
     usual = gradients(wrapper(torch.ones(1, 5).long(), segment_ids=torch.ones(1, 5).long()), wrapper)
-    loss = wrapper(**call)
+    loss = wrapper(torch.ones(rows, 5).long(), **told)
     found = gradients(loss, wrapper)
     assert loss.item() == 0
     assert found.keys() == usual.keys()
