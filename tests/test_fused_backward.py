@@ -30,15 +30,6 @@ def test_backward_again() -> None:
         torch.autograd.grad(loss, p.embed)
 
 
-def test_gradients_accumulate() -> None:
-    p = problem(7, 3, 5)
-    loss, _ = p.solve()
-    loss.backward(retain_graph=True)
-    (loss * 4).backward()
-    for name in NAMES:
-        assert_near(getattr(p, name).grad, 5 * oracle(p).grads[name], 1e-12)
-
-
 def test_a_weight_that_was_changed_before_the_second_backward_is_noticed() -> None:
     p = problem(7, 3, 5)
     loss, _ = p.solve()

@@ -51,18 +51,6 @@ def test_compiled_is_eager(name: str, compiled: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('call', [{}, {'segment_ids': torch.arange(9).expand(3, 9) // 3}], ids=['rows', 'packed'])
-def test_compiled_as_users_do(call: dict[str, Any]) -> None:
-    """With whatever breaks x-transformers' own code makes on this torch."""
-    torch._dynamo.reset()
-    wrapper = AutoregressiveWrapper(decoder(), fused=True)
-    got, want = torch.compile(wrapper, backend='aot_eager')(X, **call), wrapper(X, **call)
-    assert got.item() == pytest.approx(want.item(), rel=1e-5)
-    assert_same_gradients(gradients(got, wrapper), gradients(want, wrapper), 1e-5)
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('frozen', ['head', 'trunk'])
 def test_compiled_with_frozen_parts(frozen: str, compiled: Callable[..., Any]) -> None:
     wrapper = AutoregressiveWrapper(decoder(), fused=True)
