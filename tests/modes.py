@@ -1,14 +1,16 @@
-"""A small wrapper of every kind with a ragged batch for it, and the loss of its sequences one by one by upstream's."""
+"""A small wrapper of every kind with a ragged batch for it, and what its sequences cost one by one, or in segments."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import x_transformers
 from networks import continuous_network, decoder
-from test_xl import carried
+from oracle import Expected
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import xtloss
 
@@ -58,6 +60,30 @@ def sequences(kind: str, call: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
     """The row of each sequence, and where in it: (length,)."""
     ids = call['segment_ids'] if kind == 'packed' else (torch.arange(N) < call['lens'][:, None]).long()
     return [(row, (i == k).nonzero().flatten()) for row, i in enumerate(ids) for k in i.unique() if k]
+
+
+def carried(net: nn.Module, x: Tensor, segment: int, *, forget: bool = False, **of_tokens: Any) -> Tensor:
+    """Logits of the pieces of a row, each read with what is of its tokens and the memories of those before.
+
+    No gradient flows into memories; with `forget` there are none.
+    """
+    mems, found, inputs = None, [], x.shape[1] - 1
+    for start in range(0, inputs, segment):
+        here = slice(start, min(start + segment, inputs))
+        arguments = tree_map(lambda t: t[:, here], of_tokens)  # noqa: B023
+        logits, mems = net(x[:, here], mems=None if forget else mems, return_mems=True, **arguments)
+        found.append(logits)
+    return torch.cat(found, dim=1)
+
+
+def assert_equation(got: tuple[Tensor, Any], want: Expected) -> None:
+    """Loss and breakdown in float64 are the oracle's."""
+    loss, parts = got
+    assert loss.item() == pytest.approx(want.loss, rel=1e-9, abs=1e-12)
+    for name, atol in (('weight', 0), ('token_loss', 1e-12)):
+        table = torch.tensor(getattr(want, name), dtype=torch.float64)
+        torch.testing.assert_close(getattr(parts, name), table, rtol=1e-9, atol=atol)
+    assert parts.normalizer.item() == pytest.approx(want.normalizer, rel=1e-9)
 
 
 def alone(kind: str, network: nn.Module, call: dict[str, Tensor]) -> Tensor:

@@ -30,14 +30,13 @@ def rolled_out(
     draws = torch.rand(b).tolist()
     noise = [torch.randn(b, 1, d) for _ in range(steps)] if net.probabilistic else []
 
-    starts, outs = [], []
+    starts, outs = [0] * b, list(torch.ones(b, *[2] * net.probabilistic, steps, d, dtype=x.dtype))
     frames, weights = torch.ones(b, steps + 1, d, dtype=x.dtype), torch.ones(b, steps + 1, dtype=x.dtype)
+    per_frame = loss_weight is not None and loss_weight.ndim == 2
     for row in range(b):
         if lengths[row] <= steps:
-            starts.append(0)
-            outs.append(torch.ones(2, steps, d, dtype=x.dtype) if net.probabilistic else frames[row, 1:])
             continue
-        start = 1 + math.floor(draws[row] * (lengths[row] - steps))
+        start = starts[row] = 1 + math.floor(draws[row] * (lengths[row] - steps))
         read, answers = x[row : row + 1, :start], []
         for step in range(steps):
             answer = net(read, **{name: value[row : row + 1] for name, value in row_arguments.items()})[..., -1:, :]
@@ -46,27 +45,17 @@ def rolled_out(
                 deviation = torch.where(answer[1] > 1e-5, answer[1], 1e-5).sqrt()
                 answer = answer[0] + deviation * noise[step][row]
             read = torch.cat((read, answer), dim=1)
-        starts.append(start)
-        outs.append(torch.cat(answers, dim=-2).squeeze(-3))
+        outs[row] = torch.cat(answers, dim=-2).squeeze(-3)
         frames[row] = x[row, start - 1 : start + steps]
-        if loss_weight is not None and loss_weight.ndim == 2:
+        if per_frame:
             weights[row] = loss_weight[row, start - 1 : start + steps]
 
-    counts = torch.tensor(starts) > 0
-    per_frame = loss_weight is not None and loss_weight.ndim == 2
-    return Rollout(
-        starts,
-        torch.stack(outs, dim=-3),
-        frames,
-        counts[:, None].expand(b, steps + 1),
-        weights if per_frame else loss_weight,
-    )
+    counts = (torch.tensor(starts) > 0)[:, None].expand(b, steps + 1)
+    return Rollout(starts, torch.stack(outs, dim=-3), frames, counts, weights if per_frame else loss_weight)
 
 
 def expected_rollout(rolled: Rollout, kind: str, **options: Any) -> tuple[Expected, Tensor]:
     """The equation over the k frames, as numbers and as a tensor with a graph back to parameters and frames."""
-    mask, weight = rolled.loss_mask, rolled.loss_weight
-    weight = None if weight is None else weight.detach()
-    out, frames = rolled.out.detach(), rolled.frames.detach()
-    want = expected_frames(out, frames, kind, loss_mask=mask, loss_weight=weight, **options)
+    weight = None if rolled.loss_weight is None else rolled.loss_weight.detach()
+    want = expected_frames(rolled.out, rolled.frames, kind, loss_mask=rolled.loss_mask, loss_weight=weight, **options)
     return want, differentiable_frames(rolled.out, rolled.frames, want, kind)

@@ -9,21 +9,19 @@ import torch.nn.functional as F
 from batches import RULES, WEIGHTS, random_batch, subsets
 from hypothesis import given
 from hypothesis import strategies as st
+from modes import assert_equation
 from networks import WEIGHTINGS, assert_same_gradients, frames, gradients
 from networks import continuous_network as network
 from oracle_continuous import differentiable_frames, expected_frames
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from x_transformers import ContinuousAutoregressiveWrapper as Upstream
 
 from xtloss import ContinuousAutoregressiveWrapper
 
 B, N, D = 3, 8, 5
 NAN = float('nan')
-KINDS: dict[str, dict[str, Any]] = {
-    'squared': {},
-    'absolute': {'use_l1_loss': True},
-    'gaussian': {},
-}
+KINDS: dict[str, dict[str, Any]] = {'squared': {}, 'absolute': {'use_l1_loss': True}, 'gaussian': {}}
 LENS = torch.tensor([8, 3, 5])
 REAL = torch.arange(N) < LENS[:, None]
 
@@ -62,22 +60,20 @@ PARITY: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize('case', PARITY)
-def test_equals_upstream_where_nothing_is_masked(case: str) -> None:
-    options, args = PARITY[case]
-    theirs, ours = Upstream(network(**options), *args), ContinuousAutoregressiveWrapper(network(**options), *args)
-    x = frames()
-    want, got = theirs(x), ours(x)
+def assert_upstreams(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+    """Loss, gradients and the gradient of the frames are the same."""
+    ours.x = theirs.x = nn.Parameter(x)
+    want, got = theirs(theirs.x), ours(ours.x)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
-def test_the_gradient_of_the_frames_is_upstreams() -> None:
-    x, y = frames().requires_grad_(), frames().requires_grad_()
-    (want,) = torch.autograd.grad(Upstream(network())(x), x)
-    (got,) = torch.autograd.grad(ContinuousAutoregressiveWrapper(network())(y), y)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize('case', PARITY)
+def test_equals_upstream_where_nothing_is_masked(case: str) -> None:
+    options, args = PARITY[case]
+    theirs, ours = Upstream(network(**options), *args), ContinuousAutoregressiveWrapper(network(**options), *args)
+    assert_upstreams(ours, theirs, frames())
 
 
 def test_generate_is_inherited() -> None:
@@ -99,27 +95,20 @@ def test_the_equation(
     seed: int, b: int, n: int, kind: str, using: set[str], weighting: str | float, normalizer: float | None
 ) -> None:
     call = random_batch(seed, b, n, using, features=D)
-    counting, x = call.without('x', 'loss_weight'), call.pop('x')
     out = random_batch(seed + 1, b, max(n - 1, 1), set(), features=D)['x']
-    if kind == 'gaussian':
-        out = torch.stack((out, out.sin().square() + 0.1))
-
-    want = expected_frames(out, x, kind, weighting=weighting, normalizer=normalizer, **call)
+    out = torch.stack((out, out.sin().square() + 0.1)) if kind == 'gaussian' else out
+    want = expected_frames(out, kind=kind, weighting=weighting, normalizer=normalizer, **call)
     out.requires_grad_()
     wrapper = ContinuousAutoregressiveWrapper(Stub(out), **KINDS[kind], loss_weighting=weighting)
-    loss, parts = wrapper(x, normalizer=normalizer, return_breakdown=True, **call)
+    loss, parts = wrapper(**call, normalizer=normalizer, return_breakdown=True)
 
-    assert loss.item() == pytest.approx(want.loss, rel=1e-9, abs=1e-12)
-    got = ((parts.token_loss * parts.weight).sum() / parts.normalizer + parts.auxiliary).item()
-    assert loss.item() == pytest.approx(got if parts.normalizer else 0, rel=1e-9, abs=1e-12)
-    torch.testing.assert_close(parts.weight, torch.tensor(want.weight, dtype=torch.float64).reshape(b, n - 1))
-    torch.testing.assert_close(parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64).reshape(b, n - 1))
-    assert parts.normalizer.item() == pytest.approx(want.normalizer, rel=1e-9)
+    assert_equation((loss, parts), want)
+    assert parts.auxiliary.item() == 0
     if normalizer is None:
-        assert wrapper.loss_normalizer(x, **counting).item() == pytest.approx(want.normalizer, rel=1e-6)
-
+        z = wrapper.loss_normalizer(**call.without('loss_weight'))
+        assert z.item() == pytest.approx(want.normalizer, rel=1e-6)
     (grad,) = torch.autograd.grad(loss, out)
-    (grad_want,) = torch.autograd.grad(differentiable_frames(out, x, want, kind) + 0 * out.sum(), out)
+    (grad_want,) = torch.autograd.grad(differentiable_frames(out, call['x'], want, kind) + 0 * out.sum(), out)
     torch.testing.assert_close(grad, grad_want, rtol=1e-9, atol=1e-12)
 
 
@@ -133,38 +122,19 @@ def test_four_frames_by_hand() -> None:
         assert wrapper(x, lens=lens).item() == pytest.approx(want, rel=1e-6)
 
 
-def test_padding_is_no_target() -> None:
-    """Upstream masks the inputs, so the last real frame predicts the first frame of padding."""
-    x, nets = frames(), (network(), network())
-    shifted = x.clone()
-    shifted[1, 3] += 100  # the first frame of padding of a row of three
-    theirs, ours = Upstream(nets[0]), ContinuousAutoregressiveWrapper(nets[1])
+def test_where_upstream_is_another() -> None:
+    """It trains the last real frame to predict the first of padding, and sums over features what it should average."""
+    x, padded = frames(), frames()
+    padded[1, 3] += 100  # the first frame of padding of a row of three
+    theirs, ours = Upstream(network()), ContinuousAutoregressiveWrapper(network())
     assert theirs(x, lens=LENS).item() < 5
-    assert theirs(shifted, lens=LENS).item() > 500
-    assert ours(shifted, lens=LENS).item() == ours(x, lens=LENS).item()
+    assert theirs(padded, lens=LENS).item() > 500
+    assert ours(padded, lens=LENS).item() == ours(x, lens=LENS).item()
 
-    out = nets[1](x[:, :-1])  # causal: what padding holds does not reach a real frame
-    want = expected_frames(out, x, 'squared', lens=LENS)
-    assert ours(shifted, lens=LENS).item() == pytest.approx(want.loss, rel=1e-5)
-    inputs_masked = torch.tensor(
-        [
-            [value if i < length else 0 for i, value in enumerate(row)]
-            for row, length in zip(expected_frames(out, x, 'squared').token_loss, LENS.tolist(), strict=True)
-        ]
-    )
-    assert theirs(x, lens=LENS).item() == pytest.approx(inputs_masked.sum().item() / (7 + 3 + 5), rel=1e-5)
-
-
-def test_equal_weights_average_over_features() -> None:
-    """Upstream sums over features: on a full mask, where it should equal its own mean, it is d times as much."""
-    x = frames()
-    theirs = Upstream(network(), equal_loss_weight_batch=True)
-    ours = ContinuousAutoregressiveWrapper(network(), equal_loss_weight_batch=True)
-    want = expected_frames(network()(x[:, :-1]), x, 'squared', weighting='sequence').loss
+    theirs, ours = (cls(network(), equal_loss_weight_batch=True) for cls in (Upstream, type(ours)))
     full = torch.ones(B, N, dtype=torch.bool)
-    assert ours(x, mask=full).item() == pytest.approx(want, rel=1e-5)
-    assert theirs(x, mask=full).item() == pytest.approx(D * want, rel=1e-5)
-    assert theirs(x).item() == pytest.approx(want, rel=1e-5)
+    assert ours(x, mask=full).item() == pytest.approx(theirs(x).item(), rel=1e-5)
+    assert theirs(x, mask=full).item() == pytest.approx(D * theirs(x).item(), rel=1e-5)
 
 
 def test_nan_outputs_where_nothing_counts() -> None:
@@ -174,7 +144,7 @@ def test_nan_outputs_where_nothing_counts() -> None:
     for given_out, kind in ((holes, 'gaussian'), (holes[0], 'squared')):
         given_out.requires_grad_()
         loss = ContinuousAutoregressiveWrapper(Stub(given_out))(x, loss_mask=loss_mask)
-        want = expected_frames(given_out.detach().nan_to_num(1), x, kind, loss_mask=loss_mask)
+        want = expected_frames(given_out.nan_to_num(1), x, kind, loss_mask=loss_mask)
         assert loss.item() == pytest.approx(want.loss, rel=1e-5)
         (grad,) = torch.autograd.grad(loss, given_out)
         assert grad.isfinite().all()
@@ -198,31 +168,24 @@ def test_what_the_network_gets() -> None:
     assert stub.seen[-1][0].shape == (B, 1, D)
 
 
-REDUCED = r'loss_fn must return \(3, 7, 5\) or \(3, 7\) where there are masks or weights, got \(\)'
+WEIGHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    'lens': ({}, {'lens': LENS}),
+    'mask': ({}, {'mask': REAL}),
+    'loss_mask': ({}, {'loss_mask': REAL}),
+    'loss_weight': ({}, {'loss_weight': torch.ones(B)}),
+    'seq_start_pos': ({}, {'seq_start_pos': torch.zeros(B).long()}),
+    'normalizer': ({}, {'normalizer': 1.0}),
+    'return_breakdown': ({}, {'return_breakdown': True}),
+    'loss_weighting': ({'loss_weighting': 'sequence_sum'}, {}),
+}
 
 
-@pytest.mark.parametrize(
-    'call',
-    [
-        {'lens': LENS},
-        {'mask': REAL},
-        {'loss_mask': REAL},
-        {'loss_weight': torch.ones(B)},
-        {'seq_start_pos': torch.zeros(B).long()},
-        {'normalizer': 1.0},
-        {'return_breakdown': True},
-    ],
-    ids=lambda call: next(iter(call)),
-)
-def test_a_reduced_loss_cannot_be_weighted(call: dict[str, Any]) -> None:
-    wrapper = ContinuousAutoregressiveWrapper(network(), nn.MSELoss())
-    with pytest.raises(ValueError, match=f'^{REDUCED}$'):
-        wrapper(frames(), **call)
-
-
-def test_a_reduced_loss_has_no_weighting() -> None:
-    with pytest.raises(ValueError, match=f'^{REDUCED}$'):
-        ContinuousAutoregressiveWrapper(network(), nn.MSELoss(), loss_weighting='sequence_sum')(frames())
+@pytest.mark.parametrize('by', WEIGHED)
+def test_a_reduced_loss_cannot_be_weighted(by: str) -> None:
+    options, call = WEIGHED[by]
+    shapes = r'\(3, 7, 5\) or \(3, 7\) where there are masks or weights, got \(\)'
+    with pytest.raises(ValueError, match=f'^loss_fn must return {shapes}$'):
+        ContinuousAutoregressiveWrapper(network(), nn.MSELoss(), **options)(frames(), **call)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -234,3 +197,53 @@ def test_losses_are_made_in_float32_or_wider(dtype: torch.dtype) -> None:
         assert {loss.dtype, *(part.dtype for part in parts)} == {torch.promote_types(dtype, torch.float32)}
         assert loss.item() == pytest.approx(expected_frames(answer, x.to(dtype), kind, lens=LENS).loss, rel=1e-5)
     assert ContinuousAutoregressiveWrapper(network().to(dtype)).loss_normalizer(x.to(dtype)).dtype == loss.dtype
+
+
+# the loss of a probabilistic network, which looks at no values
+
+
+def gaussian() -> ContinuousAutoregressiveWrapper:
+    return ContinuousAutoregressiveWrapper(network(probabilistic=True))
+
+
+@pytest.mark.parametrize('call', [{}, {'lens': LENS}])
+def test_several_networks_at_once(call: dict[str, Any]) -> None:
+    x, models = frames(), [gaussian(), gaussian()]
+    with torch.no_grad():
+        for p in models[1].parameters():
+            p.mul_(1.1)
+    parameters, buffers = stack_module_state(models)
+    got = vmap(lambda p, b: functional_call(models[0], (p, b), (x,), call))(parameters, buffers)
+    torch.testing.assert_close(got, torch.stack([model(x, **call) for model in models]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('steps', [1, 3])
+def test_compiled_whole(whole_graphs: None, steps: int) -> None:
+    found = []
+    for run in (lambda model: torch.compile(model, fullgraph=True, backend='aot_eager'), lambda model: model):
+        torch.manual_seed(7)
+        model = gaussian()
+        loss = run(model)(frames(), steps, lens=LENS)
+        found.append((loss.item(), gradients(loss, model)))
+    (got, got_gradients), (want, want_gradients) = found
+    assert got == pytest.approx(want, rel=1e-6)
+    assert_same_gradients(got_gradients, want_gradients, 1e-5)
+
+
+def test_small_variances_and_what_is_none() -> None:
+    """As torch: clamped for the value, not for the gradient; what torch refuses as negative is seen as NaN."""
+    model, x = gaussian(), torch.randn(B, N, 5)
+    for scale in (1.0, -20.0):
+        with torch.no_grad():
+            model.net.project_out.weight.fill_(scale / 16)
+        assert_upstreams(model, Upstream(model.net), x)
+    model.net.forward = lambda inputs, **_: torch.stack((inputs, -torch.ones_like(inputs)))
+    assert model(x).isnan()
+
+
+def test_a_hook_of_the_loss_is_heard() -> None:
+    model, x = gaussian(), frames()
+    want = 2 * model(x)
+    model.loss_fn.register_forward_hook(lambda _, __, losses: 2 * losses)
+    torch.testing.assert_close(model(x), want)

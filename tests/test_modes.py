@@ -197,7 +197,18 @@ def test_a_loss_weight_gets_its_gradient(kind: str, fused: bool | str, of: str) 
     torch.testing.assert_close(grad, want.sum(dim=1) if of == 'a row' else want, rtol=1e-9, atol=1e-12)
 
 
-# where there are no values, or no luck
+# where there are no values, a compiler, or no luck
+
+
+@pytest.mark.parametrize('kind', ['plain', 'xl', 'continuous'])
+def test_compiled(kind: str) -> None:
+    """As users do, with whatever breaks x-transformers' own code makes."""
+    torch._dynamo.reset()
+    wrapper, call = ours(kind, torch.float32), batch(kind, torch.float32)
+    got, want = torch.compile(wrapper, backend='aot_eager')(**call), wrapper(**call)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(got, wrapper), gradients(want, wrapper), 1e-5, floor=1e-3)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize('kind', [*KINDS, 'continuous, rolled out'])
