@@ -228,14 +228,3 @@ def test_how_often_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
             AutoregressiveWrapper(net, unpad=unpad)(ids(), lens=ENDS)
         assert copies.count == of_network.count + 1
         assert read == layouts
-
-
-def test_micro_batches_and_a_rank_with_nothing() -> None:
-    net, x = decoder(num_tokens=VOCAB, **EXACT, **ROTARY), ids()
-    wrapper = AutoregressiveWrapper(net, loss_weighting='sequence', unpad=True)
-    want = wrapper(x, mask=INSIDE)
-    parts = [{'x': x[a:b], 'mask': INSIDE[a:b]} for a, b in ((0, 2), (2, 2), (2, 6))]
-    z = sum(wrapper.loss_normalizer(**part) for part in parts)
-    got = sum(wrapper(**part, normalizer=z) for part in parts)
-    assert got.item() == pytest.approx(want.item(), rel=1e-9)
-    assert_same_gradients(gradients(got, net), gradients(want, net), 1e-9, floor=1e-4)

@@ -164,17 +164,3 @@ def test_the_loss_is_float32_or_wider(of: torch.dtype, loss_dtype: torch.dtype, 
     loss, parts = AutoregressiveWrapper(net, fused=fused)(X, loss_weight=torch.ones(2), return_breakdown=True)
     assert {loss.dtype, *(t.dtype for t in parts)} == {loss_dtype}
     assert all(grad.dtype == of for grad in gradients(loss, net).values())
-
-
-@pytest.mark.parametrize('fused', [True, False])
-@pytest.mark.parametrize('weighting', ['token', 'sequence', 0.3])
-def test_gradcheck_of_the_head(weighting: str | float, fused: bool) -> None:
-    wrapper = AutoregressiveWrapper(
-        decoder(num_tokens=4, dim=6, dtype=torch.float64), fused=fused, loss_weighting=weighting
-    )
-    call = random_batch(3, 2, 4, {'lens', 'loss_weight'}, vocab=4) | {'normalizer': torch.tensor(2.0)}
-
-    def loss(head: Tensor) -> Tensor:
-        return torch.func.functional_call(wrapper, {'net.to_logits.weight': head}, kwargs=dict(call))
-
-    assert torch.autograd.gradcheck(loss, wrapper.net.to_logits.weight.detach().clone().requires_grad_())
