@@ -1,14 +1,14 @@
 """The table of `test_bad_input.py`: every argument of every public callable, and what is wrong for it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import wrong_things as wrong
-from bad_cases_helpers import Case, helper_cases
 from networks import Unreachable, decoder
 from torch import nn
-from wrong_things import NOTHING_LIKE_IT, Wrong, of_type, tensors
+from wrong_things import NO_NAMES, NOTHING_LIKE_IT, NUMBERS, Wrong, of_type, tensors
 from x_transformers import AutoregressiveWrapper as UpstreamWrapper
 from x_transformers import Decoder
 
@@ -16,7 +16,12 @@ from xtloss import (
     AutoregressiveWrapper,
     ContinuousAutoregressiveWrapper,
     XLAutoregressiveWrapper,
+    collate,
+    global_normalizer,
+    linear_cross_entropy,
+    pack,
     segment_leak,
+    unpack,
     upgrade_,
 )
 
@@ -25,6 +30,15 @@ LAYERS = Decoder(dim=16, depth=1, heads=2, verbose=False)
 ROWS = torch.ones(B).long()
 IDS, FLAGS, WEIGHTS = torch.ones(B, N).long(), torch.ones(B, N).bool(), torch.ones(B, N)
 FRAMES, EMBEDS = torch.ones(B, N, D), torch.ones(B, 5, 16)
+
+
+class Case(NamedTuple):
+    """A callable, a legal call of it by name, the rows of each argument, and where its signature stands."""
+
+    call: Callable[..., Any]
+    good: dict[str, Any]
+    rows: dict[str, list[Wrong]]
+    signature: Any
 
 
 def network() -> nn.Module:
@@ -72,7 +86,7 @@ MEMORY, MEMORY_MASK = torch.ones(B, 5, 16), torch.ones(B, 5).bool()
 def of_layers(good: torch.Tensor, kind: str, rule: str, *shapes: tuple[int, ...]) -> list[Wrong]:
     """For a list of a tensor, or None, for each layer."""
     no_lists = [value for value in NOTHING_LIKE_IT if not isinstance(value, (list, tuple))]
-    return of_type('a list of tensors', *no_lists, *wrong.NUMBERS, good) + [
+    return of_type('a list of tensors', *no_lists, *NUMBERS, good) + [
         Wrong([None, row.value], row.error, row.message.replace('{}', '{}[1]'))
         for row in tensors(good, kind, rule, *shapes)
     ]
@@ -97,6 +111,8 @@ OPTIONS_XL = {**OPTIONS, 'fused': wrong.FUSED}
 OPTIONS_AR = {**OPTIONS_XL, 'unpad': wrong.FLAG, 'trust_segments': wrong.FLAG}
 TWISTED = {'kwargs': unknown('lenss')}
 
+# a note says why
+NOTED = {'mask': [*COUNTING['mask'], Wrong(FLAGS[:, 1:], ValueError, '{} must have shape (4, 8) like x, …inputs')]}
 # of each wrapper: its class, a batch, its options, and the arguments of its forward, the network's too
 WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict[str, list[Wrong]]]] = [
     (
@@ -121,7 +137,7 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
         OPTIONS,
         {
             'x': FRAMES_OF_X,
-            **COUNTING,
+            **{**COUNTING, **NOTED},
             **ATTN_MASK,
             **MEMORIES,
             'rollout_steps': wrong.CHUNK_SIZE,
@@ -171,8 +187,101 @@ def upgraded(module: Any, **options: Any) -> None:
         assert not isinstance(module, nn.Module) or type(module) is UpstreamWrapper
 
 
+# of the functions of tensors
+
+HEAD = {'embed': torch.ones(4, 3), 'weight': torch.ones(5, 3), 'target': ROWS, 'token_weight': torch.ones(4)}
+OF_EMBED = {'like': 'embed', 'optional': False}
+OF_HEAD = {
+    'embed': tensors(HEAD['embed'], 'floating point', '(N, d)', (3,), (), (1, 4, 3), like=None, optional=False),
+    'weight': tensors(
+        HEAD['weight'], 'floating point', '(vocab, 3) like embed', (5, 2), (5,), (), (1, 5, 3), (3, 5), **OF_EMBED
+    ),
+    'target': tensors(ROWS, 'integer', '(4,) like embed', *OF_ROWS, (1, 4), **OF_EMBED),
+    'token_weight': tensors(torch.ones(4), 'floating point', '(4,) like embed', *OF_ROWS, (1, 4), **OF_EMBED),
+    'bias': tensors(torch.ones(5), 'floating point', '(5,) like embed', (4,), (1, 5), (), (1,), like='embed'),
+    'chunk_size': wrong.CHUNK_SIZE,
+}
+OF_UNPACK = {
+    'values': [
+        *of_type('a tensor', *NOTHING_LIKE_IT, *NUMBERS, None),
+        Wrong(WEIGHTS.to_sparse(), TypeError, '{} must be a dense tensor, got a sparse_coo one'),
+        *(
+            Wrong(torch.ones(shape), ValueError, f'{{}} must have shape (4, 8, ...), got {shape}')
+            for shape in (*OF_TOKENS[:5], (), (8, 4), (0, 8))
+        ),
+    ],
+    'segment_ids': tensors(IDS, 'integer', '(b, n)', (8,), (), (4, 8, 1), like=None, optional=False),
+}
+
+# and of sequences, where the error is of one of them, or of what it is laid out with
+
+LONG, SHORT = torch.arange(5), torch.arange(2)
+NO_ROW = '{}[1] must be 1-D, of 1 to 4 tokens, got shape '
+OF_PACK = {
+    'sequences': [
+        Wrong([SHORT, LONG], ValueError, NO_ROW + '(5,)'),
+        Wrong([[1], []], ValueError, NO_ROW + '(0,)'),  # not: an empty list is float32
+        Wrong([SHORT, 3], ValueError, NO_ROW + '()'),
+        Wrong([SHORT, torch.ones(2, 2)], ValueError, NO_ROW + '(2, 2)'),
+        Wrong(b'bytes', ValueError, '{}[0] must be 1-D'),
+        Wrong([[1, 2], [2.5]], TypeError, '{}[1] must be int64 like {}[0], got float32'),
+        Wrong([SHORT, SHORT.bool()], TypeError, '{}[1] must be int64 like {}[0], got bool'),
+        Wrong([np.ones(2), [1.0]], TypeError, '{}[1] must be float64 like {}[0], got float32'),
+        Wrong([SHORT, SHORT.to('meta')], RuntimeError, '…'),  # torch's, as it is
+        Wrong([b'bytes'], TypeError, 'new(): invalid data type'),  # torch's, as it is
+    ],
+    'max_len': [*wrong.MAX_LEN, Wrong(None, TypeError, '…'), Wrong(2**31, ValueError, '{} must be at most 2147483647')],
+    'pad_value': wrong.PAD_VALUE,
+}
+PADDED_WITH = [  # torch takes all of these, and puts another number there
+    (SHORT.byte(), Wrong(-1, ValueError, '{} must be in [0, 255] for uint8 sequences, got -1')),
+    (SHORT.bool(), Wrong(-100, ValueError, '{} must be in [0, 1] for bool sequences, got -100')),
+    (SHORT.bool(), Wrong(0.0, TypeError, '{} must be an integer for bool sequences, got 0.0')),
+    (SHORT.to(torch.uint64), Wrong(-1, ValueError, '{} must be in [0, 18446744073709551615] for uint64')),
+    (SHORT * 1.0, Wrong(1j, TypeError, '…')),
+]
+KEYS = "{}[%d] must have the keys ['x'], got"
+OF_COLLATE = {
+    'examples': [
+        Wrong([SHORT, 3], ValueError, 'x[1] must be 1-D, of 1 to'),
+        Wrong([[1, 2], []], ValueError, 'x[1] must be 1-D, of 1 to'),
+        Wrong([{'x': SHORT, 'mask': LONG.bool()}], ValueError, 'mask[0] must have 2 tokens like x[0], got 5'),
+        Wrong([{'x': SHORT, 'score': torch.ones(2, 3)}], ValueError, 'score[0] must be 1-D, of 1 to'),
+        Wrong([{'x': SHORT, 'loss_weight': 2.0}], ValueError, 'loss_weight[0] must be 1-D, of 1 to'),
+        # keys that would be lost without a word
+        Wrong([{'y': [1]}], ValueError, "{}[0] must have the keys ['x', 'y'], got ['y']"),
+        Wrong([{'x': SHORT}, {'x': SHORT, 'mask': SHORT.bool()}], ValueError, KEYS % 1),
+        Wrong([SHORT, {'x': SHORT, 'mask': SHORT}], ValueError, KEYS % 1),
+        Wrong([{'x': SHORT, 'lens': SHORT}], ValueError, KEYS % 0),
+        Wrong([{'x': SHORT, 'segment_ids': SHORT}], ValueError, KEYS % 0),
+        # floats that would be cut
+        Wrong([[1, 2], [1, 2.5]], TypeError, 'x[1] must hold numbers of int64, got float32'),
+        Wrong([{'x': [1], 'loss_mask': [0.5]}], TypeError, 'loss_mask[0] must hold numbers of bool, got float32'),
+    ],
+    'layout': [
+        *(Wrong(value, TypeError, '{} must be one of padded, packed') for value in (*NO_NAMES, *NUMBERS, None)),
+        *(Wrong(name, ValueError, f'{{}} must be one of padded, packed, got {name!r}') for name in ('', 'Packed')),
+    ],
+    'max_len': [*wrong.MAX_LEN, Wrong(1, ValueError, 'x[0] must be 1-D, of 1 to 1 tokens, got shape (2,)')],
+    'pad_value': wrong.PAD_VALUE,
+}
+OF_NORMALIZER = {
+    'total': wrong.TOTAL,
+    'group': of_type('a process group that this rank belongs to', *NOTHING_LIKE_IT, *NUMBERS),
+}
+
+
 def cases() -> dict[str, Case]:
     found = {}
+    functions: list[tuple[Callable[..., Any], dict[str, Any], dict[str, list[Wrong]]]] = [
+        (linear_cross_entropy, HEAD, OF_HEAD),
+        (unpack, {'values': WEIGHTS, 'segment_ids': IDS}, OF_UNPACK),
+        (pack, {'sequences': [SHORT, SHORT], 'max_len': 4}, OF_PACK),
+        (collate, {'examples': [SHORT, SHORT]}, OF_COLLATE),
+        (global_normalizer, {'total': 1.0}, OF_NORMALIZER),
+    ]
+    for function, good, rows in functions:
+        found[function.__name__] = Case(function, good, rows, function)
     for ours, x, options, arguments in WRAPPERS:
         name = ours.__name__
         found[name] = Case(constructor(ours), {'net': network()}, {'net': wrong.MODULE, **options}, ours)
@@ -191,4 +300,4 @@ def cases() -> dict[str, Case]:
     return found
 
 
-CASES = {**cases(), **helper_cases()}
+CASES = cases()

@@ -32,19 +32,8 @@ EXAMPLES = Path(__file__).parents[1] / 'examples'
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / 'benchmarks')]  # as the examples find their parts
 
 # what a fault should be met in first, nearest to where it is
-NEAREST = [
-    'test_checks',
-    'test_targets',
-    'test_weighting',
-    'test_gaussian',
-    'test_sequences',
-    'test_packing',
-    'test_fused_numbers',
-]
-NEAREST += ['test_fused', 'test_auxiliary', 'test_unpad', 'test_laws', 'test_invariance']
-
-
-LEFT_OUT = pytest.StashKey[set[str]]()
+NEAREST = 'checks weighting gaussian packing fused_numbers fused auxiliary unpad laws'.split()
+LEFT_OUT = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -56,34 +45,29 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Note what is left out, in each process."""
-    slow = {item.nodeid for item in items if item.get_closest_marker('slow')}
-    for item in items[:1]:
-        item.config.stash.setdefault(LEFT_OUT, set()).update(slow)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that reports."""
-    if hasattr(session.config, 'workeroutput'):
-        session.config.workeroutput['left_out'] = sorted(session.config.stash.get(LEFT_OUT, set()))
+    """Count the slow ones, which pytest-xdist's processes tell the one that reports."""
+    config, slow = items[0].config, sum(item.get_closest_marker('slow') is not None for item in items)
+    config.stash[LEFT_OUT] = slow
+    if hasattr(config, 'workeroutput'):
+        config.workeroutput['left_out'] = slow
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Be told, by each of pytest-xdist's processes."""
-    node.config.stash.setdefault(LEFT_OUT, set()).update(getattr(node, 'workeroutput', {}).get('left_out', []))
+    """Be told; each process leaves out the same."""
+    node.config.stash[LEFT_OUT] = getattr(node, 'workeroutput', {}).get('left_out', 0)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say what was left out, and how it is run."""
-    left_out = config.stash.get(LEFT_OUT, set())
+    left_out = config.stash.get(LEFT_OUT, 0)
     if left_out and config.option.markexpr == 'not slow':
-        terminalreporter.write_line(f'{len(left_out)} slow cases were left out: pytest -m "" runs them too')
+        terminalreporter.write_line(f'{left_out} slow cases were left out: pytest -m "" runs them too')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests of small things; the others keep their order."""
-    place = {name: number for number, name in enumerate(NEAREST)}
+    place = {f'test_{name}': number for number, name in enumerate(NEAREST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(NEAREST)))
 
 

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from x_transformers import ContinuousTransformerWrapper, Decoder, TransformerWrapper
 
-from xtloss.wrappers.masks import segment_arguments
-from xtloss.wrappers.segment_leak import why_not_apart
-
 WEIGHTINGS = ('token', 'sequence', 'square', 'padded', 'sequence_sum', 0.3)
 EXACT = {'layers_attn_qk_norm': True}  # else x-transformers takes attention's softmax in float32, whatever the network
 ROTARY = {'layers_rotary_pos_emb': True, 'layers_depth': 2}
@@ -49,17 +46,6 @@ def decoder(
         for p in net.parameters():  # x-transformers starts some parameters at zero, where a gradient could hide
             nn.init.normal_(p, std=0.1) if not p.any() else None
     return net.to(dtype)
-
-
-def judged_arguments(
-    net: nn.Module, segment_ids: Tensor, arguments: dict[str, Any], *, trust: bool = False
-) -> dict[str, Any]:
-    """What the wrapper makes of segment ids: the network is judged, then told how to keep them apart."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    reason = None if trust else why_not_apart(net, given, short_rows=False)
-    if reason is not None:
-        raise ValueError(f'segment_ids: {reason}')
-    return segment_arguments(net, segment_ids, arguments)
 
 
 def continuous_network(

@@ -1,6 +1,6 @@
 """Random calls of all that is public, right by the oracle or refused by name, and no growth in memory.
 
-By hand, ``python tests/soak.py --calls 500000``; `tests/test_soak.py` is a short form of it.
+By hand, ``python tests/soak.py --calls 500000``; a short form of it is in `tests/test_laws.py`.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import fuzz
@@ -49,14 +49,6 @@ def growth(before: tuple[float, int], after: tuple[float, int]) -> str | None:
     return f'{memory:.1f} MiB and {tensors} tensors more than after the warm-up'
 
 
-def blocks(start: int, calls: int, size: int = 10_000) -> Iterator[range]:
-    """The seeds: those of the warm-up, then so many at a time."""
-    first, end = start + min(WARM_UP, calls), start + calls
-    yield range(start, first)
-    for begin in range(first, end, size):
-        yield range(begin, min(begin + size, end))
-
-
 def main() -> None:
     """Soak, print where it is now and then, and exit with 1 where something is wrong or grew."""
     from tqdm import tqdm
@@ -69,19 +61,18 @@ def main() -> None:
 
     found: Counter[str] = Counter()
     states = []
-    with tqdm(total=args.calls, mininterval=30, smoothing=0) as bar:
-        for block in blocks(args.start, args.calls):
-            for seed in block:
-                try:
-                    found += outcomes([seed])
-                except AssertionError as error:
-                    found['wrong'] += 1
-                    bar.write(str(error), file=sys.stderr)
-                bar.update()
-            states.append(held())
-            memory, tensors = states[-1]
-            state = f'{found.total()} calls: {dict(found)}, {memory:.1f} MiB, {tensors} tensors'
-            bar.write(state, file=sys.stderr)
+    with tqdm(range(args.start, args.start + args.calls), mininterval=30, smoothing=0) as bar:
+        for call, seed in enumerate(bar, 1):
+            try:
+                found += outcomes([seed])
+            except AssertionError as error:
+                found['wrong'] += 1
+                bar.write(str(error), file=sys.stderr)
+            if call in (WARM_UP, args.calls) or call % 10_000 == 0:
+                states.append(held())
+                memory, tensors = states[-1]
+                state = f'{call} calls: {dict(found)}, {memory:.1f} MiB, {tensors} tensors'
+                bar.write(state, file=sys.stderr)
     grown = growth(states[0], states[-1])
     print('nothing grew' if grown is None else grown)
     if found['wrong'] or grown:

@@ -3,24 +3,21 @@
 Arguments are found by their signatures: a new one without its rows in `bad_cases.py` is a failure.
 """
 
-import ast
 import inspect
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import x_transformers
-from bad_cases import CASES, B, Case, N
-from networks import Stub, Unreachable, continuous_network, decoder
+from bad_cases import CASES, PADDED_WITH, B, Case, N
+from networks import Stub, continuous_network, decoder
 from torch import nn
 from wrong_things import Wrong
 
 import xtloss
-from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
+from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper, collate, pack
 
 OF_UPSTREAM = {'use_l1_loss', 'loss_fn'}  # which are not looked at
 X, ROWS = torch.ones(B, N).long(), torch.ones(B).long()
@@ -28,7 +25,7 @@ X, ROWS = torch.ones(B, N).long(), torch.ones(B).long()
 
 def why_wrong(case: Case, argument: str, row: Wrong) -> str | None:
     """What a call does instead of raising what it must; a note may follow the message."""
-    want = row.message.format(argument)
+    want = row.message.replace('{}', argument)
     pattern = re.escape(want).replace('…', '.*')
     try:
         case.call(**{**case.good, argument: row.value})
@@ -67,14 +64,21 @@ def test_no_argument_is_without_rows() -> None:
 # what only a call of its own can show
 
 
-def test_a_mask_of_the_inputs_is_told_why() -> None:
-    with pytest.raises(ValueError, match=r'^mask must have shape \(4, 8\) like x, got \(4, 7\)\W.*inputs'):
-        ContinuousAutoregressiveWrapper(Unreachable())(torch.zeros(B, N, 5), mask=torch.ones(B, N - 1).bool())
+@pytest.mark.parametrize(('sequence', 'row'), PADDED_WITH)
+@pytest.mark.parametrize('function', [pack, collate])
+def test_sequences_are_padded_with_what_they_can_hold(function: Any, sequence: torch.Tensor, row: Wrong) -> None:
+    good = {'sequences' if function is pack else 'examples': [sequence], 'max_len': 4}
+    assert why_wrong(Case(function, good, {}, function), 'pad_value', row) is None
 
 
-@pytest.mark.parametrize('options', [{}, {'loss_weighting': 'token'}, {'loss_weighting': 0.5}])
+def test_no_sequences_are_padded_with_a_number() -> None:
+    for call in (lambda: pack([], 4, None), lambda: collate([], pad_value=0.5)):
+        with pytest.raises(TypeError):
+            call()
+
+
 @pytest.mark.parametrize('kind', ['ar', 'continuous', 'xl'])
-def test_misplaced_misspelt_and_contradictory(kind: str, options: dict[str, Any]) -> None:
+def test_misplaced_misspelt_and_contradictory(kind: str) -> None:
     """`lens` as the second argument would, with one row, be taken for True."""
     made: dict[str, tuple[Any, Any, torch.Tensor]] = {
         'ar': (AutoregressiveWrapper, decoder(), X),
@@ -83,17 +87,18 @@ def test_misplaced_misspelt_and_contradictory(kind: str, options: dict[str, Any]
     }
     ours, net, x = made[kind]
     with pytest.raises((TypeError, ValueError), match=r'^(return_outputs|rollout_steps|mems) must be .*, got'):
-        ours(net, **options)(x[:1], ROWS[:1])
+        ours(net)(x[:1], ROWS[:1])
     with pytest.raises(TypeError, match=r"^loss_normalizer.* unexpected keyword argument 'lenss'"):
-        ours(net, **options).loss_normalizer(x, lenss=ROWS)
-    if options:
-        with pytest.raises(ValueError, match=r'^equal_loss_weight_batch'):
-            ours(net, equal_loss_weight_batch=True, **options)
+        ours(net).loss_normalizer(x, lenss=ROWS)
+    for other in ('token', 'square', 'padded', 'sequence_sum', 0.0, 0.5):
+        with pytest.raises(ValueError, match=f'^equal_loss_weight_batch=True .* got {other!r} too$'):
+            ours(net, equal_loss_weight_batch=True, loss_weighting=other)
+    ours(net, equal_loss_weight_batch=True, loss_weighting='sequence')
 
 
 def test_options_are_looked_at_whenever_they_are_used() -> None:
     model = AutoregressiveWrapper(decoder())
-    good: dict[str, Any] = {'fused': 'auto', 'loss_weighting': None, 'unpad': False}
+    good: dict[str, Any] = {'fused': 'auto', 'loss_weighting': None}
     spoilt = (('fused', 0, TypeError), ('fused', 'yes', ValueError), ('loss_weighting', 2, ValueError))
     for name, value, error in spoilt:
         setattr(model, name, value)
@@ -103,54 +108,21 @@ def test_options_are_looked_at_whenever_they_are_used() -> None:
     assert model(X).isfinite()
 
 
-def test_fused_beside_outputs() -> None:
-    with pytest.raises(ValueError, match=r'fused.*return_outputs'):
-        AutoregressiveWrapper(decoder(), fused=True)(X, return_outputs=True)
+HEADS = r'(network|net) must (return|have)'
+OTHER = r'^the network must return .*, got'
+REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
+    (lambda: AutoregressiveWrapper(decoder(), fused=True), {'return_outputs': True}, r'fused.*return_outputs'),
+    # several heads return a tuple, of which no single loss can be made
+    (lambda: AutoregressiveWrapper(decoder(num_output_heads=3)), {}, HEADS),
+    (lambda: AutoregressiveWrapper(decoder(num_output_heads=3)), {'return_breakdown': True}, HEADS),
+    (lambda: XLAutoregressiveWrapper(decoder(num_output_heads=3)), {'lens': ROWS}, HEADS),
+    (lambda: AutoregressiveWrapper(Stub(torch.zeros(B, N - 1, 11))), {}, OTHER),
+    (lambda: AutoregressiveWrapper(Stub(torch.zeros(B - 1, N, 11))), {}, OTHER),
+    (lambda: AutoregressiveWrapper(Stub(torch.zeros(B, N))), {}, OTHER),
+]
 
 
-@pytest.mark.parametrize('ours', [AutoregressiveWrapper, XLAutoregressiveWrapper])
-@pytest.mark.parametrize('call', [{}, {'lens': ROWS}, {'return_breakdown': True}])
-def test_networks_of_several_heads(ours: type[nn.Module], call: dict[str, Any]) -> None:
-    """They return a tuple, of which no single loss can be made."""
-    with pytest.raises(ValueError, match=r'(network|net) must (return|have)'):
-        ours(decoder(num_output_heads=3))(X, **call)
-
-
-@pytest.mark.parametrize('shape', [(B, N - 1, 11), (B - 1, N, 11), (B, N)])
-def test_a_network_that_returns_something_else(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r'^the network must return .*, got'):
-        AutoregressiveWrapper(Stub(torch.zeros(shape)))(X)
-
-
-# python -O
-
-
-def test_no_assert_in_the_package() -> None:
-    files = list(Path(xtloss.__file__).parent.glob('**/*.py'))
-    assert files
-    for path in files:
-        found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
-        assert not found, f'{path.name}: bare assert in lines {found}, gone under python -O'
-
-
-SCRIPT = """
-import torch, x_transformers as xt, xtloss
-layers = xt.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
-wrapper = xtloss.AutoregressiveWrapper(xt.TransformerWrapper(num_tokens=11, max_seq_len=8, attn_layers=layers))
-x = torch.ones(2, 8).long()
-print(bool(wrapper(x, lens=torch.tensor([8, 3])).isfinite()))
-for bad in (dict(lens=torch.ones(2)), dict(mask=torch.ones(2, 7).bool()), dict(normalizer=-1.0)):
-    try:
-        wrapper(x, **bad)
-    except (TypeError, ValueError) as error:
-        print(type(error).__name__, error)
-"""
-
-
-@pytest.mark.slow
-def test_python_minus_o_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(SCRIPT, {})
-    want = capsys.readouterr().out
-    command = [sys.executable, '-O', '-W', 'ignore', '-c', SCRIPT]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == want
-    assert len(want.splitlines()) == 4
+@pytest.mark.parametrize(('make', 'call', 'message'), REFUSED)
+def test_networks_of_which_no_loss_can_be_made(make: Callable[[], nn.Module], call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()(X, **call)

@@ -1,36 +1,39 @@
-"""What holds of every call: random ones of the three wrappers, float64, values and gradients.
+"""What holds of every call, float64, values and gradients: it is right, and is one loss however it is batched.
 
-The calls and networks are those of `fuzz`. They know no positions and have no dropout, so that a sequence may be moved.
-2,000 examples of each law: ``XTLOSS_EXAMPLES=2000 pytest tests/test_laws.py``.
+Random calls and their networks are those of `fuzz`. They know no positions and have no dropout, so that a sequence may
+be moved. 2,000 examples of each law: ``XTLOSS_EXAMPLES=2000 pytest tests/test_laws.py``.
 """
 
 import math
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import fuzz
 import fuzz_calls
 import pytest
 import torch
-from hypothesis import given
+from batches import random_batch
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import assert_same_gradients, value_and_gradients
+from networks import EXACT, NETWORKS, assert_same_gradients, decoder, value_and_gradients
 from oracle import counted_targets
+from soak import growth, held, outcomes
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from xtloss import AutoregressiveWrapper, pack
+
 Call = dict[str, Any]
-KINDS = st.sampled_from(['ar', 'xl', 'continuous'])
+KINDS = st.sampled_from(['ar', 'unpadded', 'xl', 'continuous'])
 SEEDS = st.integers(0, 2**32)
 WEIGHTINGS = st.one_of(st.sampled_from(fuzz_calls.WEIGHTINGS), st.floats(0, 1))
 FUSED = st.sampled_from(['auto', True, False])
-FACTORS = st.one_of(st.just(0.0), st.floats(-4, -1e-3), st.floats(1e-3, 4))
-SHARED = [w for w in fuzz_calls.WEIGHTINGS if w not in ('padded', 'sequence_sum')]  # those whose shares sum to one
 
 
 def random_call(kind: str, seed: int, *without: str) -> Call:
     """A call of `fuzz` that is not refused, with none of the arguments of these names, and no normalizer."""
     torch.manual_seed(seed % 2**32)
+    kind = 'ar' if kind == 'unpadded' else kind
     call = fuzz_calls.random_arguments(random.Random(seed), kind)
     refused = {'ar': {'seq_start_pos'} if 'segment_ids' in call else set(), 'xl': {'segment_ids', 'seq_start_pos'}}
     known = {'x', 'loss_weight', *fuzz.COUNTING} - {*without, *refused.get(kind, {'segment_ids'})}
@@ -38,8 +41,10 @@ def random_call(kind: str, seed: int, *without: str) -> Call:
 
 
 def wrapper_of(kind: str, weighting: Any, fused: Any) -> nn.Module:
-    fusing = {} if kind == 'continuous' else {'fused': fused}
-    return fuzz.OURS[kind](fuzz.network(kind), loss_weighting=weighting, **fusing)
+    options = {} if kind == 'continuous' else {'fused': fused}
+    if kind == 'unpadded':
+        kind, options = 'ar', {**options, 'unpad': True}
+    return fuzz.OURS[kind](fuzz.network(kind), loss_weighting=weighting, **options)
 
 
 def rows(call: Call, which: Any) -> Call:
@@ -58,30 +63,39 @@ def counted(call: Call) -> Tensor:
     return torch.tensor(table, dtype=torch.bool).reshape(x.shape[0], x.shape[1] - 1)
 
 
-def assert_same(wrapper: nn.Module, *calls: Call, want: tuple[float, dict[str, Tensor]], times: float = 1) -> None:
-    """The loss, or its sum over the calls, is that of `want` `times` so much, and so are the gradients."""
+def assert_same(wrapper: nn.Module, *calls: Call, want: tuple[float, dict[str, Tensor]]) -> None:
+    """The loss, or its sum over the calls, and the gradients are those of `want`."""
     got, grads = value_and_gradients(wrapper, *calls)
-    assert got == pytest.approx(want[0] * times, rel=1e-9, abs=1e-9)
-    assert_same_gradients(grads, {name: g * times for name, g in want[1].items()}, 1e-8, floor=1e-3)
+    assert got == pytest.approx(want[0], rel=1e-9, abs=1e-9)
+    assert_same_gradients(grads, want[1], 1e-8, floor=1e-3)
 
 
-@given(seed=SEEDS)
-def test_the_oracle_agrees(seed: int) -> None:
-    fuzz.try_one(seed)
+@pytest.mark.parametrize('start', range(0, 500, 100))
+def test_random_calls(start: int) -> None:
+    """They are right, or refused by the name of an argument; ``python tests/soak.py --calls 500000`` for more."""
+    found = outcomes(range(start, start + 100))
+    assert found['right'] > 50, found
+
+
+@pytest.mark.slow
+def test_nothing_is_left_behind() -> None:
+    seeds = range(100)
+    outcomes(seeds)  # what is made once
+    before = held()
+    outcomes(seeds)
+    assert growth(before, held()) is None
+    kept = [torch.zeros(10) for _ in range(100)]
+    assert growth(before, held()) is not None
+    del kept
 
 
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED)
-def test_order_does_not_matter(kind: str, seed: int, weighting: Any, fused: Any) -> None:
+def test_neither_order_nor_micro_batches_matter(kind: str, seed: int, weighting: Any, fused: Any) -> None:
     wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
+    order, cut = torch.randperm(len(call['x'])), random.Random(seed).randint(0, len(call['x']))
     want = value_and_gradients(wrapper, call)
-    assert_same(wrapper, rows(call, torch.randperm(len(call['x']))), want=want)
-
-
-@given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED)
-def test_micro_batches_are_the_batch(kind: str, seed: int, weighting: Any, fused: Any) -> None:
-    wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
-    want, cut = value_and_gradients(wrapper, call), random.Random(seed).randint(0, len(call['x']))
-    assert_same(wrapper, rows(call, slice(cut)), rows(call, slice(cut, None)), want=want)
+    assert_same(wrapper, rows(call, order), want=want)
+    assert_same(wrapper, rows(call, order[:cut]), rows(call, order[cut:]), want=want)
 
 
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED, left=st.booleans())
@@ -105,33 +119,6 @@ def test_padding_changes_nothing(kind: str, seed: int, weighting: Any, fused: An
         wider['seq_start_pos'] = call['seq_start_pos'].long() + 3
     wrapper = wrapper_of(kind, weighting, fused)
     assert_same(wrapper, wider, want=value_and_gradients(wrapper, call))
-
-
-@given(seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED)
-def test_unpadding_changes_nothing(seed: int, weighting: Any, fused: Any) -> None:
-    wrapper, call = wrapper_of('ar', weighting, fused), random_call('ar', seed)
-    want, (_, breakdown) = value_and_gradients(wrapper, call), wrapper(**call, return_breakdown=True)
-    wrapper.unpad = True
-    assert_same(wrapper, call, want=want)
-    for got, wanted in zip(wrapper(**call, return_breakdown=True)[1], breakdown, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
-
-
-@given(kind=KINDS, seed=SEEDS, weighting=st.one_of(st.sampled_from(SHARED), st.floats(0, 1)))
-def test_shares_sum_to_one(kind: str, seed: int, weighting: Any) -> None:
-    call = random_call(kind, seed, 'loss_weight')
-    breakdown = wrapper_of(kind, weighting, 'auto')(**call, return_breakdown=True)[1]
-    assert ((breakdown.weight != 0) == counted(call)).all()
-    total = (breakdown.weight / breakdown.normalizer).sum().item() if counted(call).any() else 1
-    assert total == pytest.approx(1, abs=1e-6 if breakdown.weight.dtype == torch.float32 else 1e-12)
-
-
-@given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED, times=FACTORS)
-def test_loss_weight_scales_the_loss(kind: str, seed: int, weighting: Any, fused: Any, times: float) -> None:
-    wrapper, call = wrapper_of(kind, weighting, fused), random_call(kind, seed)
-    weight = call.setdefault('loss_weight', torch.ones(len(call['x']), dtype=fuzz_calls.DTYPE))
-    want = value_and_gradients(wrapper, call)
-    assert_same(wrapper, call | {'loss_weight': weight * times}, want=want, times=times)
 
 
 @given(kind=KINDS, seed=SEEDS, weighting=WEIGHTINGS, fused=FUSED, junk=st.sampled_from([math.nan, math.inf, -math.inf]))
@@ -175,22 +162,85 @@ def test_sequence_is_the_mean_over_rows_of_the_mean_over_a_row(kind: str, seed: 
     assert wrapper_of(kind, 'sequence', fused)(**call).item() == pytest.approx(mean, rel=1e-9, abs=1e-9)
 
 
-@given(kind=KINDS, seed=SEEDS, fused=FUSED, p=st.floats(0, 1), q=st.floats(0, 1))
-def test_an_exponent_is_continuous(kind: str, seed: int, fused: Any, p: float, q: float) -> None:
-    """|d loss / dp| ≤ 2 ln(L) max|ℓ · loss_weight|, L the targets of the longest sequence, and w goes with L^(-p)."""
-    call = random_call(kind, seed)
-    loss, other = (wrapper_of(kind, power, fused)(**call).item() for power in (p, q))
-    parts, by_row, by_power = (
-        wrapper_of(kind, weighting, fused)(**call, return_breakdown=True)[1] for weighting in ('token', 'sequence', p)
+# each kind of network: positions, heads and attention
+
+
+class Sequence(NamedTuple):
+    """One sequence: token ids, which of them are targets, and what each weighs; all (length,)."""
+
+    x: Tensor
+    loss_mask: Tensor
+    loss_weight: Tensor
+
+
+def draw_sequences(seed: int, count: int) -> list[Sequence]:
+    batch = random_batch(seed, count, 8, {'lens', 'loss_mask', 'loss_weight'}, vocab=fuzz_calls.V)
+    lengths = batch['lens'].clamp(1, 8).tolist()
+    return [Sequence(*(batch[name][row, :end] for name in Sequence._fields)) for row, end in enumerate(lengths)]
+
+
+def padded(sequences: list[Sequence], width: int, by: str, left: bool = False) -> dict[str, Tensor]:
+    """The call for these sequences as rows of `width`, the padding told to the wrapper `by` one of its arguments."""
+    fill = Sequence(torch.tensor(3), torch.tensor(True), torch.tensor(7.0, dtype=torch.float64))
+    call = {}
+    for name, value in fill._asdict().items():
+        call[name] = value.repeat(len(sequences), width)
+        for row, sequence in enumerate(sequences):
+            here = getattr(sequence, name)
+            call[name][row, slice(width - len(here), None) if left else slice(len(here))] = here
+
+    lens = torch.tensor([len(sequence.x) for sequence in sequences], dtype=torch.long)
+    start = width - lens if left else torch.zeros_like(lens)
+    real = (torch.arange(width) >= start[:, None]) & (torch.arange(width) < (start + lens)[:, None])
+    told = {'lens': lens, 'mask': real, 'seq_start_pos': start}
+    if by == 'ignore_index':
+        call['x'] = call['x'].masked_fill(~real, -100)
+        return call
+    return call | {by: told[by]}
+
+
+def packed(sequences: list[Sequence], width: int) -> dict[str, Tensor]:
+    """The call for these sequences as rows of `width`, as many of them in a row as fit."""
+    call = {name: pack([getattr(s, name) for s in sequences], width)[0] for name in Sequence._fields}
+    return call | {'segment_ids': pack([s.x for s in sequences], width)[1]}
+
+
+@pytest.mark.parametrize('fused', ['auto', False], ids=['auto', 'not fused'])
+@pytest.mark.parametrize('name', NETWORKS)
+@settings(max_examples=6)
+@given(seed=SEEDS, count=st.integers(1, 5), weighting=WEIGHTINGS)
+def test_every_layout_is_one_loss(name: str, fused: str | bool, seed: int, count: int, weighting: str | float) -> None:
+    options, left_by = NETWORKS[name], 'seq_start_pos' if name == 'absolute' else 'mask'
+    wrapper = AutoregressiveWrapper(
+        decoder(num_tokens=fuzz_calls.V, dtype=torch.float64, **EXACT, **options), loss_weighting=weighting, fused=fused
     )
-    of_length = (by_row.weight / parts.weight).where(parts.weight != 0, 1)  # 1 / L
-    torch.testing.assert_close(by_power.weight, parts.weight * of_length**p, rtol=1e-9, atol=1e-12)
-    largest = max((parts.weight * parts.token_loss).abs().flatten().tolist(), default=0.0)
-    assert abs(loss - other) <= 2 * math.log(call['x'].shape[1]) * largest * abs(p - q) + 1e-9
+    sequences, choose = draw_sequences(seed, count), random.Random(seed)
+    longest = max(len(sequence.x) for sequence in sequences)
 
+    def width(of: list[Sequence]) -> int:  # 'padded' counts the padding: it keeps the promise for one padded size
+        return 12 if weighting == 'padded' else max(len(sequence.x) for sequence in of) + choose.randrange(4)
 
-@given(kind=KINDS, seed=SEEDS, fused=FUSED, end=st.sampled_from([(0.0, 'token'), (0.5, 'square'), (1.0, 'sequence')]))
-def test_an_exponent_begins_and_ends_with_a_name(kind: str, seed: int, fused: Any, end: tuple[float, str]) -> None:
-    call = random_call(kind, seed)
-    want = value_and_gradients(wrapper_of(kind, end[1], fused), call)
-    assert_same(wrapper_of(kind, end[0], fused), call, want=want)
+    shuffled = choose.sample(sequences, count)
+    cuts = sorted(choose.sample(range(1, count), choose.randrange(count))) if count > 1 else []
+    parts = [shuffled[a:b] for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
+    layouts = {
+        'right, by lens': [padded(sequences, width(sequences), 'lens')],
+        'right, by mask': [padded(sequences, width(sequences), 'mask')],
+        'right, by ignore_index': [padded(sequences, width(sequences), 'ignore_index')],
+        'left': [padded(sequences, width(sequences), left_by, left=True)],
+        'another order': [padded(shuffled, width(shuffled), 'lens')],
+        'micro-batches': [padded(part, width(part), 'lens') for part in parts],
+        'micro-batches, left': [padded(part, width(part), left_by, left=True) for part in parts],
+        'row by row': [padded([sequence], width([sequence]), 'mask') for sequence in sequences],
+        'with an empty one': [padded(sequences, width(sequences), 'lens'), padded([], longest, 'lens')],
+    }
+
+    if weighting != 'padded':  # packing takes padding away
+        layouts['packed'] = [packed(shuffled, longest + choose.randrange(9))]
+        layouts['packed micro-batches'] = [packed(part, longest + choose.randrange(9)) for part in parts]
+
+    want, wanted = value_and_gradients(wrapper, padded(sequences, 12 if weighting == 'padded' else longest, 'lens'))
+    for layout, calls in layouts.items():
+        got, grads = value_and_gradients(wrapper, *calls)
+        assert got == pytest.approx(want, rel=1e-9, abs=1e-9), layout
+        assert_same_gradients(grads, wanted, 1e-9, floor=1e-4)

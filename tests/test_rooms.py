@@ -1,4 +1,4 @@
-"""Imports inside the package go one way: weighting, losses, packing, wrappers."""
+"""The source of the package: imports go one way (weighting, losses, packing, wrappers), and nothing asserts."""
 
 import ast
 from pathlib import Path
@@ -36,3 +36,10 @@ def test_every_file_is_in_a_room() -> None:
 def test_a_room_imports_from_itself_and_those_before(path: Path) -> None:
     allowed = {'arguments', *ROOMS[: ROOMS.index(path.parts[0]) + 1]}
     assert imported_rooms((PACKAGE / path).read_text()) <= allowed
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.rglob('*.py')), ids=lambda path: path.stem)
+def test_python_minus_o_changes_nothing(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Assert), f'a bare assert in line {node.lineno}'
+        assert getattr(node, 'id', None) != '__debug__'

@@ -75,47 +75,34 @@ def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return bool(request.param)
 
 
-@pytest.mark.usefixtures('packs')
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-@pytest.mark.parametrize('padding', PADDINGS)
-@pytest.mark.parametrize('network', ['absolute', 'flash'])
-def test_the_loss_of_the_rows_alone(network: str, padding: str, weighting: str | float) -> None:
-    net, (real, told), x = decoder(num_tokens=VOCAB, **EXACT, **NETWORKS[network]), PADDINGS[padding], ids()
-    wrapper = AutoregressiveWrapper(net, loss_weighting=weighting)
-    want, _ = alone(wrapper, x, real, {}, **per_token())
-    wrapper.unpad = True
-    got = wrapper(x.masked_fill(~real, 10**6), **told, **per_token())
-    assert got.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
-    wanted = gradients(want, net) if want.requires_grad else {}
-    assert_same_gradients(gradients(got, net), wanted, 1e-9, floor=1e-4)
+CASES = [(network, padding, w) for network in ('absolute', 'flash') for padding in PADDINGS for w in WEIGHTINGS]
+CASES += [(network, 'both sides, by mask', 'square') for network in UNPADDED]
 
 
 @pytest.mark.usefixtures('packs')
-@pytest.mark.parametrize('fused', ['auto', False])
-@pytest.mark.parametrize('network', UNPADDED)
-def test_every_network_and_all_that_is_returned(network: str, fused: bool | str) -> None:
-    (real, told), x = PADDINGS['both sides, by mask'], ids()
+@pytest.mark.parametrize(('network', 'padding', 'weighting'), CASES)
+def test_the_rows_alone(network: str, padding: str, weighting: str | float) -> None:
+    """Loss and gradients, fused or not, and all that is returned."""
+    (real, told), x, rows = PADDINGS[padding], ids(), per_token()
     net = decoder(num_tokens=VOCAB, **EXACT, **UNPADDED[network])
-    wrapper = AutoregressiveWrapper(net, loss_weighting='square', fused=fused).eval()
+    wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, fused=False).eval()
     numbers = {'recycle_steps': 2} if network == 'recycling' else {}
-    rows = per_token()
-    wrapper.fused = False  # outputs are asked for
-    want, parts = alone(wrapper, x, real, numbers=numbers, **rows)
-    wanted, want = gradients(want, net), want.detach()
-    wrapper.unpad = True
-    got, (logits, cache), breakdown = wrapper(x, **told, **rows, **numbers, return_outputs=True, return_breakdown=True)
+    want, parts = alone(wrapper, x, real, numbers, **rows)
+    wanted = gradients(want, net) if want.requires_grad else {}
+    wrapper.unpad, call = True, {'x': x.masked_fill(~real, 10**6), **told, **rows, **numbers}
+    got, (logits, cache), breakdown = wrapper(**call, return_outputs=True, return_breakdown=True)
     assert cache is None
     assert logits.shape[:2] == breakdown.token_loss.shape == breakdown.weight.shape == (B, N - 1)
     for (row, start), (alone_logits, alone_breakdown) in parts.items():
         here = slice(start, start + alone_logits.shape[1])
-        torch.testing.assert_close(logits[row, here], alone_logits[0], rtol=1e-9, atol=1e-9)
+        seen = real[row, here][:, None]
+        torch.testing.assert_close(logits[row, here], torch.where(seen, alone_logits[0], 0), rtol=1e-9, atol=1e-9)
         for mine, its in zip(breakdown[:2], alone_breakdown[:2], strict=True):
             torch.testing.assert_close(mine[row, here], its[0], rtol=1e-9, atol=1e-9)
     assert not logits[~real[:, :-1]].any()
-    wrapper.fused = fused
-    loss = wrapper(x, **told, **rows, **numbers)
-    for one in (got, loss):
-        assert one.item() == pytest.approx(want.item(), rel=1e-9)
+    wrapper.fused = 'auto'
+    for one in (got, wrapper(**call)):
+        assert one.item() == pytest.approx(want.item(), rel=1e-9, abs=1e-12)
         assert_same_gradients(gradients(one, net), wanted, 1e-9, floor=1e-4)
 
 
@@ -163,13 +150,9 @@ def test_fewer_tokens_are_read() -> None:
 
 @pytest.mark.parametrize('call', [{}, {'segment_ids': torch.ones(B, N).long()}])
 def test_nothing_happens_without_padding_told(call: dict[str, Tensor]) -> None:
-    net, read = decoder(num_tokens=VOCAB, **ROTARY), []
-    net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
-    one, other = (
-        AutoregressiveWrapper(net, unpad=unpad, trust_segments=True)(ids(), **call) for unpad in (True, False)
-    )
-    assert one.item() == other.item()
-    assert read == [(B, N)] * 2
+    wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True, trust_segments=True)
+    _, (_, cache) = wrapper(ids(), **call, return_outputs=True)
+    assert cache is not None
 
 
 REFUSED: dict[str, Any] = {
@@ -200,23 +183,34 @@ def test_what_does_not_travel_is_refused_whatever_the_batch_holds(name: str, len
             method(ids(), lens=lens, **{name: REFUSED[name]})
 
 
-@pytest.mark.parametrize(
-    'options', [{'layers_shift_tokens': 1}, {'num_memory_tokens': 2}, {'layers_attn_num_mem_kv': 1}]
-)
-@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N)])
-def test_networks_that_do_not_keep_sequences_apart_are_refused(options: dict[str, Any], lens: Tensor) -> None:
+APART = 'options of the table in the README'
+REFUSING = [({'layers_shift_tokens': 1}, APART), ({'num_memory_tokens': 2}, APART)]
+REFUSING += [({'layers_attn_num_mem_kv': 1}, APART), ({'layers_attn_sparse_topk': 8}, 'short')]
+REFUSING += [({'layers_attn_sparse_topk': 2}, 'short')]
+
+
+@pytest.mark.parametrize(('options', 'why'), REFUSING)
+@pytest.mark.parametrize('lens', [ENDS, torch.full((B,), N), torch.zeros(B).long(), torch.tensor([7, 5, 7, 7, 7, 7])])
+def test_networks_that_cannot_take_it_are_refused_whatever_the_batch_holds(
+    options: dict[str, Any], why: str, lens: Tensor
+) -> None:
+    """They do not keep sequences apart, or cannot take short rows."""
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **options), unpad=True)
-    with pytest.raises(ValueError, match=r'^unpad=True: .*options of the table in the README'):
+    with pytest.raises(ValueError, match=f'^unpad=True: .*{why}'):
         wrapper(ids(), lens=lens)
-    wrapper(ids())
+    assert wrapper(ids()).isfinite()  # which asks for no other rows
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('whole_graphs')
 def test_a_padded_batch_as_it_came_where_nothing_can_be_read() -> None:
     wrapper = AutoregressiveWrapper(decoder(num_tokens=VOCAB, **ROTARY), unpad=True)
-    want = wrapper(ids(), lens=ENDS).item()
-    assert torch.compile(wrapper, backend='eager', fullgraph=True)(ids(), lens=ENDS).item() == pytest.approx(want)
+    call = {'lens': ENDS, 'return_outputs': True}
+    want, (logits, _) = wrapper(ids(), **call)
+    got, (compiled, cache) = torch.compile(wrapper, backend='eager', fullgraph=True)(ids(), **call)
+    assert cache is None
+    assert got.item() == pytest.approx(want.item())
+    torch.testing.assert_close(compiled, logits, rtol=1e-5, atol=1e-6)
 
 
 def test_how_often_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,14 +228,3 @@ def test_how_often_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
             AutoregressiveWrapper(net, unpad=unpad)(ids(), lens=ENDS)
         assert copies.count == of_network.count + 1
         assert read == layouts
-
-
-def test_micro_batches_and_a_rank_with_nothing() -> None:
-    net, x = decoder(num_tokens=VOCAB, **EXACT, **ROTARY), ids()
-    wrapper = AutoregressiveWrapper(net, loss_weighting='sequence', unpad=True)
-    want = wrapper(x, mask=INSIDE)
-    parts = [{'x': x[a:b], 'mask': INSIDE[a:b]} for a, b in ((0, 2), (2, 2), (2, 6))]
-    z = sum(wrapper.loss_normalizer(**part) for part in parts)
-    got = sum(wrapper(**part, normalizer=z) for part in parts)
-    assert got.item() == pytest.approx(want.item(), rel=1e-9)
-    assert_same_gradients(gradients(got, net), gradients(want, net), 1e-9, floor=1e-4)

@@ -1,6 +1,7 @@
 """What does not count reaches neither loss nor gradient: NaN and inf, ids under padding. What counts stays visible."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from batches import random_batch
 from modes import KINDS as MODES
-from modes import LENS, B, N, batch, ours
+from modes import LENS, B, N, batch, ours, wrap
 from networks import (
     ROTARY,
     WEIGHTINGS,
@@ -17,27 +18,26 @@ from networks import (
     continuous_network,
     decoder,
     frames,
-    gradients,
+    run,
     value_and_gradients,
 )
 from oracle import differentiable, expected
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
+from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper
 
 NAN = math.nan
 IDS = batch('plain')['x']
 I = torch.arange(N)
 RIGHT, LEFT = LENS[:, None] > I, N - LENS[:, None] <= I
-LOOPED = {'looped': True, 'layers_pre_and_post_norm': True}
 NETWORKS: dict[str, dict[str, Any]] = {
     'plain': {},
     'tied': {'tie_embedding': True},
     'flash': {'layers_attn_flash': True},
     'mixture of softmax': {'mixture_of_softmax': True},
     'continuous head': {'add_continuous_pred_head': True},
-    'looped': LOOPED,
+    'looped': {'looped': True, 'layers_pre_and_post_norm': True},
 }
 
 
@@ -74,22 +74,24 @@ class Holes(nn.Module):
         return x.masked_fill(self.holes[..., None], self.value)
 
 
-@pytest.mark.parametrize('network', ['plain', 'continuous head', 'looped', 'xl'])
+@pytest.mark.parametrize('network', ['plain', 'continuous head', 'looped', 'xl', 'fused'])
 @pytest.mark.parametrize('bad', [NAN, math.inf])
-def test_a_head_that_gives_nan(network: str, bad: float) -> None:
-    holes = LENS[:, None] - 1 <= I
-    ours = XLAutoregressiveWrapper if network == 'xl' else AutoregressiveWrapper
-    options = {'max_mem_len': N} if network == 'xl' else NETWORKS[network]
-    found = []
-    for value in (None, bad):
+def test_what_the_network_gives_where_nothing_counts(network: str, bad: float) -> None:
+    """Whatever its heads give there; of embeddings, whatever the layers give."""
+    kind, found = 'xl' if network == 'xl' else 'plain', []
+    holes = (LENS[:, None] - 1 <= I)[:, : -1 if kind == 'xl' else None]  # XL's network reads one token less
+    here = Holes(holes, bad)
+    for broken in (False, True):
         torch.manual_seed(2)
-        head = nn.Linear(16, 11)
-        net = decoder(**options, to_logits=head)
-        wrapper = ours(net, equal_loss_weight_batch=True)
+        options = {'max_mem_len': N} if network == 'xl' else NETWORKS.get(network, {})
+        net = decoder(to_logits=nn.Linear(16, 11), **options)
+        wrapper = wrap(kind, net, equal_loss_weight_batch=True)
         parameters = dict(wrapper.named_parameters())
-        if value is not None:
-            here = Holes(holes[:, : -1 if network == 'xl' else None], value)  # XL's network reads one token less
-            net.to_logits = nn.Sequential(head, here)
+        if broken:
+            if network == 'fused':
+                net.attn_layers.register_forward_hook(lambda _, __, out: (here(out[0]), out[1]))
+            else:
+                net.to_logits = nn.Sequential(net.to_logits, here)
             if net.add_continuous_pred_head:
                 net.to_next_embed_pred.append(here)
             if net.looped:
@@ -102,17 +104,6 @@ def test_a_head_that_gives_nan(network: str, bad: float) -> None:
     assert_same_gradients(grads, clean, 1e-4 if network == 'looped' else 1e-5)
 
 
-def test_nan_embeddings_do_not_reach_a_fused_head() -> None:
-    net = decoder()
-    wrapper = AutoregressiveWrapper(net, fused=True)
-    clean, clean_grads = value_and_gradients(wrapper, {'x': IDS, 'lens': LENS})
-    holes = Holes(LENS[:, None] - 1 <= I, NAN)
-    net.attn_layers.register_forward_hook(lambda _, __, out: (holes(out[0]), out[1]))
-    loss, grads = value_and_gradients(wrapper, {'x': IDS, 'lens': LENS})
-    assert loss == pytest.approx(clean, rel=1e-6)
-    assert_same_gradients(grads, clean_grads, 1e-6)
-
-
 @pytest.mark.parametrize('by', ['lens', 'mask', 'left mask', 'seq_start_pos', 'seq_start_pos, prepended'])
 @pytest.mark.parametrize('network', [*NETWORKS, 'xl'])
 def test_ids_under_padding_may_be_anything(network: str, by: str, fused: str | bool) -> None:
@@ -121,13 +112,11 @@ def test_ids_under_padding_may_be_anything(network: str, by: str, fused: str | b
     if 'seq_start_pos' in by:
         p = 2 * ('prepended' in by)
         call = {'seq_start_pos': (N - LENS + p).to(torch.uint8), 'prepend_embeds': torch.randn(B, p, 16)}
-    if network == 'xl':
-        if 'start' in by:
-            return  # refused
-        net, ours = decoder(max_seq_len=4, max_mem_len=4, layers_rotary_pos_emb=True), XLAutoregressiveWrapper
-    else:
-        net, ours = decoder(**NETWORKS[network]), AutoregressiveWrapper
-    wrapper = ours(net, fused=fused, pad_value=4)
+    if network == 'xl' and 'start' in by:
+        return  # refused
+    short = {'max_seq_len': 4, 'max_mem_len': 4, 'layers_rotary_pos_emb': True}
+    net, kind = decoder(**NETWORKS.get(network, short)), 'xl' if network == 'xl' else 'plain'
+    wrapper = wrap(kind, net, fused=fused, pad_value=4)
     want = wrapper(IDS.masked_fill(~real, 4), **call)
     for junk in (-1, 10**6, 7, -100):
         assert wrapper(IDS.masked_fill(~real, junk), **call).item() == pytest.approx(want.item(), rel=1e-6)
@@ -197,58 +186,39 @@ BROKEN = {
     'negative infinity': torch.tensor(-torch.inf),
     'only float64 tells it from 0': torch.tensor(-1e-60, dtype=torch.float64),
 }
-KINDS = [*MODES, 'not fused', 'rollout']
 
 
-def of_kind(kind: str) -> tuple[Any, dict[str, Any]]:
-    if kind == 'rollout':
-        return ours('continuous'), batch('continuous') | {'rollout_steps': 3}
-    return (ours('plain', fused=False), batch('plain')) if kind == 'not fused' else (ours(kind), batch(kind))
-
-
-@pytest.mark.parametrize('broken', BROKEN)
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_broken_normalizer_is_seen(kind: str, broken: str) -> None:
-    """Also where nothing counts; 0 gives 0, though attached."""
-    model, call = of_kind(kind)
+@pytest.mark.parametrize('kind', [*MODES, 'not fused', 'rollout'])
+def test_a_normalizer_is_a_divisor(kind: str) -> None:
+    """A broken one is seen, also where nothing counts; 0 gives 0, though attached; none gets a gradient."""
+    of = {'not fused': 'plain', 'rollout': 'continuous'}.get(kind, kind)
+    model, call = ours(of, fused=False if kind == 'not fused' else 'auto'), batch(of)
+    call |= {'rollout_steps': 3} if kind == 'rollout' else {}
     nothing = {'lens': 0 * LENS} if 'lens' in call else {'segment_ids': 0 * call['segment_ids']}
-    for beside in ({}, nothing):
-        loss = model(**call | beside, normalizer=BROKEN[broken])
+    for broken, beside in itertools.product(BROKEN.values(), ({}, nothing)):
+        loss = model(**call | beside, normalizer=broken)
         assert loss.isnan()
         loss.backward()
-    assert any(p.grad.isnan().any() for p in model.parameters() if p.grad is not None)
-    model.zero_grad()
+        assert beside or any(p.grad.isnan().any() for p in model.parameters() if p.grad is not None)
+        model.zero_grad()
     loss = model(**call, normalizer=torch.tensor(0.0))
     loss.backward()
     assert loss.item() == 0
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
-
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_normalizer_is_a_divisor_and_gets_no_gradient(kind: str) -> None:
-    model, call = of_kind(kind)
-    torch.manual_seed(0)
-    want = model(**call, normalizer=1.0)
+    want = run(model, call | {'normalizer': 1.0})
     for z in (torch.tensor(1e-60, dtype=torch.float64), torch.tensor(2.5, requires_grad=True)):
-        torch.manual_seed(0)
-        loss, parts = model(**call, normalizer=z, return_breakdown=True)
+        loss, parts = run(model, call | {'normalizer': z, 'return_breakdown': True})
         torch.testing.assert_close(loss, (want / z.double()).to(loss.dtype), rtol=1e-6, atol=0)
         loss.backward()
         assert z.grad is None
         assert not any(t.requires_grad for t in parts)
-    if kind not in ('rollout', 'continuous'):  # float32 has little more than this
+    if of != 'continuous':  # float32 has little more than this
         narrow = ours('xl' if kind == 'xl' else 'plain', torch.float32)(IDS, normalizer=z.detach() * 1e-37)
         assert narrow.item() > 1e36
 
 
 def test_what_is_broken_where_it_counts_is_seen(fused: str | bool) -> None:
-    """As in F.cross_entropy."""
-    for bad, seen in ((NAN, NAN), (math.inf, NAN), (-math.inf, math.inf)):
-        logits = torch.zeros(B, N, 11)
-        logits[0, 2, IDS[0, 3]] = bad
-        loss = AutoregressiveWrapper(Stub(logits), fused=False if fused is False else 'auto')(IDS, lens=LENS)
-        assert loss.isnan() if math.isnan(seen) else loss.item() == seen
     net = decoder(**ROTARY)
     net.token_emb.emb.weight.data[IDS[0, 2]] = NAN
     assert AutoregressiveWrapper(net, fused=fused)(IDS, lens=LENS).isnan()
-    assert len(gradients(AutoregressiveWrapper(net, fused=fused)(IDS), net)) > 5
