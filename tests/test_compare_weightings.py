@@ -7,11 +7,14 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import compare_weightings
 import pytest
 import torch
 import train_enwik8
+import tyro
 from command_line import UsageError
 from enwik8 import experiment
 from enwik8.comparison import OVER_TOKENS
@@ -21,7 +24,7 @@ from enwik8.config_file import load_config
 from enwik8.experiment import right_answers
 from enwik8.mixed import END, Answer, OneToOne, guesses
 from enwik8.over_seeds import difference, difference_over_groups, slope, spread, t_quantile
-from enwik8.report import Report, Row, SequenceCost, report, reports_of
+from enwik8.report import Report, Row, SequenceCost, costs, report, reports_of
 from enwik8.sampling import Diverged
 from enwik8.schedule import fall, rate
 from enwik8.sequences import split_text, to_batch
@@ -39,6 +42,17 @@ TINY = '--data text --steps 3 --seeds 0 1 --dim 16 --depth 1 --heads 2 --seq-len
 def text(folder):
     """What there is to train on."""
     (folder / 'text').write_bytes(TEXT)
+
+
+def compare(options: str, name: str = 'compare-lines') -> dict[str, Any]:
+    """Compare weightings with tiny networks; return what is in results.json."""
+    compare_weightings.main([*TINY, *options.split()])
+    return json.loads(Path('runs', name, 'results.json').read_text())
+
+
+def metrics(run: str) -> list[dict[str, Any]]:
+    """Return what a run wrote of its steps."""
+    return [json.loads(line) for line in Path('runs', run, 'metrics.jsonl').read_text().splitlines()]
 
 
 # the statistics
@@ -76,6 +90,9 @@ def test_no_title_is_on_both_sides():
     assert len(held_out_prose) == 3
     assert {*prose, *held_out_prose} == {line.strip().encode() for line in PROSE}
     assert set(prose).isdisjoint(held_out_prose)
+    few = split_text(TEXT, 'mixed', 257, 1).held_out
+    assert sum(isinstance(sequence, Answer) for sequence in few) == 12  # all of them beside what is capped
+    assert len(few) == 13
 
 
 def test_the_code_alone_is_learned():
@@ -102,36 +119,33 @@ def test_those_who_cannot_read():
     assert guesses(held_out, [Answer(b'X\0de'), Answer(b'Y\0de'), Answer(b'Z\0fr')]) == (0.25, 0.75)
 
 
-def test_answers_are_reported_apart():
-    found = [SequenceCost(9, 2, 4.0, True), SequenceCost(9, 2, 8.0), SequenceCost(5, 4, 8.0)]
-    rows = report(found, 257)
-    assert [(row.lengths, row.over_tokens, row.right) for row in rows] == [
-        ('answers', 3.0, 0.5),
-        ('prose', 2.0, None),
-        ('all', 2.5, None),
-    ]
-    assert [row.right for row in report(found[2:], 257)] == [None, None]
+@pytest.mark.parametrize(
+    ('costs', 'rows'),
+    [
+        (
+            [SequenceCost(9, 2, 4.0, True), SequenceCost(9, 2, 8.0), SequenceCost(5, 4, 8.0)],
+            [('answers', 2, 3.0, 0.5), ('prose', 1, 2.0, None), ('all', 3, 2.5, None)],
+        ),
+        (
+            [SequenceCost(8, 4, 8.0, True), SequenceCost(63, 26, 26.0), SequenceCost(58, 24, 12.0, True)],
+            [('4 to 9', 1, 2.0, 1.0), ('22 to 27', 2, 38 / 50, 0.5), ('all', 3, 46 / 54, 2 / 3)],
+        ),
+        ([SequenceCost(5, 4, 8.0)], [('2 to 7', 1, 2.0, None), ('all', 1, 2.0, None)]),
+    ],
+    ids=['answers apart from prose', 'answers alone by their length', 'prose alone'],
+)
+def test_reports_of_answers_and_prose_by_hand(costs, rows):
+    assert [(row.lengths, row.sequences, row.over_tokens, row.right) for row in report(costs, 257)] == rows
 
 
 def test_right_is_what_greedy_decoding_says():
     """The network says the byte after the one it reads: of b'cd', c is right after b, not after a."""
 
-    class Next(torch.nn.Module):
-        max_seq_len = 64
-
-        def forward(self, x, **kwargs):
-            return torch.nn.functional.one_hot((x + 1) % 256, 256).float() * 9
-
-    from enwik8.report import costs
-
     class Wrapper(torch.nn.Module):
         def forward(self, x, lens, loss_mask, return_outputs, return_breakdown):
-            from types import SimpleNamespace
-
-            assert return_outputs
-            assert return_breakdown
+            logits = torch.nn.functional.one_hot((x[:, :-1] + 1) % 256, 256).float() * 9
             weight = loss_mask[:, 1:].float()
-            return 0.0, (Next()(x[:, :-1]), None), SimpleNamespace(weight=weight, token_loss=weight)
+            return 0.0, (logits, None), SimpleNamespace(weight=weight, token_loss=weight)
 
     answers = [Answer(b'Q' + END + code) for code in (b'\1\2', b'\1\3', b'\2\3')]
     assert [cost.is_right for cost in costs(Wrapper(), [to_batch(answers)])] == [True, False, False]
@@ -141,53 +155,36 @@ def test_right_is_what_greedy_decoding_says():
 
 
 @pytest.mark.slow
-def test_every_weighting_starts_alike_and_sees_the_same():
-    """Of one seed the first token losses and every batch are equal; of two they are not."""
-    seen: dict[tuple[str, int], list] = {}
-    options = compare_weightings.judged(compare_weightings.Config(
-        task='mixed', data='text', steps=3, dim=16, depth=1, heads=2, seq_len=64, batch_size=6
-    ))  # fmt: skip
-
-    def note(model, args, kwargs):
-        key = (model.loss_weighting, run.seed)
-        with torch.no_grad():
-            found = type(model).forward(model, **{**kwargs, 'return_breakdown': True})[-1].token_loss
-        seen.setdefault(key, []).append((kwargs['x'], found))
-
-    build = train_enwik8.build_model
+def test_every_weighting_starts_alike_and_sees_the_same(monkeypatch):
+    """Of one seed the first weights and every batch are equal; of two they are not."""
+    weights, batches = [], []
+    build, draw = train_enwik8.build_model, train_enwik8.draw
 
     def build_noted(config):
         model = build(config)
-        model.register_forward_pre_hook(note, with_kwargs=True)
+        weights.append(torch.cat([w.flatten() for w in model.parameters()]).detach().clone())
         return model
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_enwik8, 'build_model', build_noted)
-        for weighting, seed in (('token', 0), ('sequence', 0), ('token', 1)):
-            run = compare_weightings.run_config(options, weighting, seed)
-            train_enwik8.train(replace(run, validate_every=99, checkpoint_every=None), on_step=lambda step: None)
-    token, sequence, other = (seen[key][:3] for key in (('token', 0), ('sequence', 0), ('token', 1)))
-    assert len(token) == 3
-    assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(token, sequence, strict=True))
-    assert torch.equal(token[0][1], sequence[0][1])
-    assert not torch.equal(token[2][1], sequence[2][1])  # they were trained otherwise
-    assert not (token[0][0].shape == other[0][0].shape and torch.equal(token[0][0], other[0][0]))
+    monkeypatch.setattr(train_enwik8, 'build_model', build_noted)
+    monkeypatch.setattr(train_enwik8, 'draw', lambda *args: batches.append(draw(*args)) or batches[-1])
+    options = compare_weightings.judged(tyro.cli(compare_weightings.Config, args=[*TINY, '--task', 'mixed']))
+    for weighting, seed in (('token', 0), ('sequence', 0), ('token', 1)):
+        train_enwik8.train(compare_weightings.run_config(options, weighting, seed), on_step=lambda step: None)
+    token, sequence, other = (batches[first : first + 3] for first in (0, 3, 6))
+    assert token == sequence != other
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize('task', ['lines', 'mixed'])
 def test_the_whole_of_it(task, capsys, monkeypatch):
-    monkeypatch.setenv('COLUMNS', '160')
-    compare_weightings.main([*TINY, '--task', task, '--weightings', 'token', 'sequence'])
+    options, name = f'--task {task} --weightings token sequence', f'compare-{task}'
+    results = compare(options, name)
     out = capsys.readouterr().out
     runs = [line.partition(':')[0] for line in out.splitlines() if ' to go' in line]
-    assert runs == [f'compare-{task}-{weighting}-{seed}' for weighting in ('token', 'sequence') for seed in (0, 1)]
-    assert "'sequence' against 'token': " in out
+    assert runs == [f'{name}-{weighting}-{seed}' for weighting in ('token', 'sequence') for seed in (0, 1)]
     assert 'sequence - token' in out
-    assert ('over 6 held-out questions (bootstrap' in out) == (task == 'mixed')
-    assert compare_weightings.run_config(compare_weightings.Config(name='a'), 'token', 0).resume
-    folder = Path('runs', f'compare-{task}')
-    assert (folder / 'comparison.png').read_bytes().startswith(b'\x89PNG')
-    results = json.loads((folder / 'results.json').read_text())
+    assert (Path('runs', name) / 'comparison.png').read_bytes().startswith(b'\x89PNG')
     assert results['steps'] == {'token': [3, 3], 'sequence': [3, 3]}
     assert len(results['reports']) == 2 * 2 * 3
     measured = results['measured']['all: over tokens']
@@ -196,19 +193,14 @@ def test_the_whole_of_it(task, capsys, monkeypatch):
     assert results['difference']['all: over tokens']['sequence']['mean'] == pytest.approx(gap)
     assert ('answers that are right, %' in results['measured']) == (task == 'mixed')
 
-    def never(config, on_step):
-        raise AssertionError(f'{config.name} is trained again')
-
-    monkeypatch.setattr(train_enwik8, 'train', never)
-    compare_weightings.main([*TINY, '--task', task, '--weightings', 'token', 'sequence'])
+    monkeypatch.setattr(train_enwik8, 'train', pytest.fail)  # nothing is trained again
+    assert compare(options, name) == results
     assert capsys.readouterr().out == ''.join(line for line in out.splitlines(True) if ' to go' not in line)
-    compare_weightings.main([*TINY, '--task', task, '--seeds', '1', '--weightings', 'token', 'sequence'])
-    out = capsys.readouterr().out
-    assert 'of one seed, nothing can be told from noise' in out
-    assert f'{task}, 3 steps, 1 seed, learning rates: all 0.002;' in out
+    compare(f'{options} --seeds 1', name)
+    assert 'of one seed, nothing can be told from noise' in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        compare_weightings.main([*TINY, '--task', task, '--steps', '4', '--weightings', 'token'])
-    assert f'runs/compare-{task}-token-0 was trained with --steps 3, not 4: choose another' in capsys.readouterr().err
+        compare(f'{options} --steps 4', name)
+    assert f'runs/{name}-token-0 was trained with --steps 3, not 4' in capsys.readouterr().err
 
 
 # learning rates, flatness, sums
@@ -247,8 +239,6 @@ def test_the_grid_goes_on_at_its_edge():
     assert tuning('token', _1=3.0, _2=2.0).beyond() == 4.0
     diverged = Tuning('token', {1.0: {OVER_TOKENS: 3.0}, 2.0: {OVER_TOKENS: 2.0}, 4.0: {}})
     assert (diverged.rate, diverged.beyond()) == (2.0, None)
-    assert 'edge of the grid' in tuning('token', _1=3.0, _2=2.0).sentence()
-    assert 'edge of the grid' not in diverged.sentence()
     reports = {2.0: [[Report(1, rows(1.0), 0.0)], []], 1.0: [[Report(1, rows(v), 0.0)] for v in (1.0, 4.0)]}
     assert Tuning.of_reports('token', reports).measured == {1.0: {OVER_TOKENS: 2.5}, 2.0: {}}
 
@@ -270,9 +260,8 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
         (folder / 'metrics.jsonl').write_text(json.dumps(record | {'seconds': 1.5}) + '\n')
 
     monkeypatch.setattr(train_enwik8, 'train', train)
-    monkeypatch.setenv('COLUMNS', '160')
-    command = [*TINY, '--weightings', 'token', 'sequence', '--learning-rates', '1e-3', '2e-3', '4e-3']
-    compare_weightings.main(command)
+    options = '--weightings token sequence --learning-rates 1e-3 2e-3 4e-3'
+    results = compare(options)
     out = capsys.readouterr().out
     assert [rate for weighting, rate, seed in trained if weighting == 'sequence' and seed == 100] == [
         1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
@@ -281,29 +270,16 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
     assert [run for run in trained if run[2] < 2] == [  # at own rates, then at the shared one what is not there
         ('token', 2e-3, 0), ('token', 2e-3, 1), *(('sequence', rate, seed) for rate in (16e-3, 2e-3) for seed in (0, 1))
     ]  # fmt: skip
-    assert "'token' trains at 0.002, the best by 'all: over tokens'." in out
-    assert "'sequence' trains at 0.016, the best by 'all: over sequences'" in out
-    assert 'learning rates: token 0.002, sequence 0.016;' in out
-    assert 'learning rates: all 0.002;' in out
     assert 'diverged' in out
-    assert '6 steps in 6 s' not in out
     assert '12 steps in 6 s, 0.500 s each' in out
-    folder = Path('runs', 'compare-lines')
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in Path('runs', 'compare-lines').iterdir()} == {
         'comparison.png', 'comparison_at_own_rates.png', 'rates.png', 'results.json'
     }  # fmt: skip
-    results = json.loads((folder / 'results.json').read_text())
     assert results['at_own_rates']['measured'][OVER_TOKENS]['sequence'] == [1.0, 1.001]
     assert results['measured'][OVER_TOKENS]['sequence'] == pytest.approx([4.0, 4.001])
     trained.clear()
-    compare_weightings.main(command)
+    compare(options)
     assert {rate for _, rate, _ in trained} == {32e-3}  # what diverged left nothing to keep
-
-
-def test_a_diverged_run_of_the_report_is_an_error(capsys):
-    with pytest.raises(SystemExit):
-        compare_weightings.main([*TINY, '--learning-rate', '1e18', '--steps', '9'])
-    assert 'the loss is not finite at step' in capsys.readouterr().err
 
 
 def test_where_a_training_is_flat():
@@ -324,43 +300,16 @@ def test_where_a_training_is_flat():
 
 
 @pytest.mark.parametrize('decay', ['none', 'linear'])
-def test_a_run_until_flat_ends_early_and_goes_on_where_it_was(decay, capsys):
+def test_a_run_until_flat_ends_early(decay, capsys):
     """With a threshold that everything is below, at the first report at which enough lie in the second half."""
-    options = ['--steps', '30', '--until-flat', '1e6', '--decay', decay, '--weightings', 'token', '--seeds', '0']
-    compare_weightings.main([*TINY, *options])
+    options = f'--steps 32 --until-flat 1e6 --decay {decay} --weightings token --seeds 0'
     end = {'none': 12, 'linear': 15}[decay]  # four reports, at 6 to 12; the decay takes a quarter of 12 steps
-    results = json.loads(Path('runs/compare-lines/results.json').read_text())
-    assert results['steps'] == {'token': [end]}
-    lines = Path('runs/compare-lines-token-0/metrics.jsonl').read_text().splitlines()
-    rates = [record['learning_rate'] / 2e-3 for record in map(json.loads, lines) if 'learning_rate' in record]
-    assert rates == pytest.approx([1.0] * 12 + ([1.0, 2 / 3, 1 / 3] if decay == 'linear' else []))
+    assert compare(options)['steps'] == {'token': [end]}
+    rates = [record['learning_rate'] / 2e-3 for record in metrics('compare-lines-token-0') if 'train_loss' in record]
+    assert rates == pytest.approx([1.0] * 12 + ([1 - part / 3 for part in range(3)] if decay == 'linear' else []))
     capsys.readouterr()
-    compare_weightings.main([*TINY, *options])
+    compare(options)
     assert ' to go' not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_run_until_flat_that_is_stopped_ends_alike():
-    config = RunConfig(
-        data='text', preset='tiny', dim=16, depth=1, heads=2, seq_len=64, batch_size=6, steps=40, until_flat=1e6,
-        decay='linear', validate_every=2, checkpoint_every=1, name='whole',
-    )  # fmt: skip
-    train_enwik8.train(config, on_step=lambda step: None)
-
-    def stop(step: int) -> None:
-        if step == 14:  # in its decay
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_enwik8.train(replace(config, name='cut'), on_step=stop)
-    train_enwik8.train(replace(config, name='cut', resume=True), on_step=lambda step: None)
-    train_enwik8.train(replace(config, name='cut', resume=True), on_step=pytest.fail)  # it is at its end
-    whole, cut = (
-        [json.loads(line) for line in Path('runs', name, 'metrics.jsonl').read_text().splitlines()]
-        for name in ('whole', 'cut')
-    )
-    assert [r.get('train_loss') for r in whole] == [r.get('train_loss') for r in cut]
-    assert [r.get('learning_rate') for r in whole] == [r.get('learning_rate') for r in cut]
 
 
 def test_intervals_over_questions_by_hand():
@@ -376,8 +325,7 @@ def test_intervals_over_questions_by_hand():
 
 
 def test_right_answers_are_those_of_the_last_report():
-    options = '--task mixed --weightings token --seeds 0 --steps 40 --learning-rate 0.03'
-    compare_weightings.main([*TINY, *options.split()])
+    compare('--task mixed --weightings token --seeds 0 --steps 40 --learning-rate 0.03', 'compare-mixed')
     run = load_config(Path('runs/compare-mixed-token-0/config.json'))
     answers = [s for s in split_text(TEXT, 'mixed', 65, 1024).held_out if isinstance(s, Answer)]
     right = right_answers(run, answers)
@@ -399,21 +347,13 @@ def test_what_changed_over_questions_by_hand(monkeypatch):
     assert found == (pytest.approx(100 / 6), -50.0, 50.0)
 
 
-def test_all_answers_are_held_out_beside_the_others():
-    few = split_text(TEXT, 'mixed', 257, 1).held_out
-    assert sum(isinstance(sequence, Answer) for sequence in few) == 12
-    assert len(few) == 13
-
-
 def test_sums_are_right_and_on_one_side():
-    split = split_sums(b'', 257)
+    split, letters, lengths = split_sums(b'', 257), b'abcdefghijklm', Counter()
     trained = [split[0][index] for index in range(2400)]
     assert trained[:50] == [split[0][index] for index in range(50)]
-    lengths = Counter()
     for sequence in (*trained, *split[1]):
         question, _, answer = sequence.partition(END)
         d = len(question) // 3
-        letters = b'abcdefghijklm'
         assert (question[::3], answer[::2]) == (letters[:d], letters[: d + 1])
         a, b = (int(question[start::3][::-1]) for start in (1, 2))
         assert int(answer[1::2][::-1]) == a + b
@@ -421,51 +361,16 @@ def test_sums_are_right_and_on_one_side():
     assert [lengths[d, False] for d in range(1, 13)] == [200] * 12
     assert all(lengths[d, True] >= 95 for d in range(3, 13))
     assert set(trained).isdisjoint(split[1])
-    with pytest.raises(UsageError, match=r'^--seq-len must be at least 62 for sums, got 61$'):
-        split_sums(b'', 62)
     assert max(map(len, split_sums(b'', 63)[1])) == 63
+    with pytest.raises(UsageError, match='--seq-len must be at least 62'):
+        split_sums(b'', 62)
 
 
-def test_answers_alone_are_reported_by_their_length():
-    found = [SequenceCost(8, 4, 4.0, True), SequenceCost(63, 26, 26.0), SequenceCost(58, 24, 12.0, True)]
-    assert [(row.lengths, row.sequences, row.right) for row in report(found, 257)] == [
-        ('4 to 9', 1, 1.0),
-        ('22 to 27', 2, 0.5),
-        ('all', 3, 2 / 3),
-    ]
-
-
-def test_sums_as_a_task(monkeypatch, capsys):
+def test_sums_as_a_task(monkeypatch):
     """Without a text and without a network; few are held out, for the sake of time."""
     monkeypatch.setattr('enwik8.sums.HELD_OUT_PER_LENGTH', 2)
     monkeypatch.setattr('enwik8.text.connect', pytest.fail)
-    monkeypatch.setenv('COLUMNS', '160')
-    compare_weightings.main(['--task', 'sums', *TINY[2:], '--weightings', 'token', 'sequence'])
-    out = capsys.readouterr().out
-    results = json.loads(Path('runs/compare-sums/results.json').read_text())
-    assert '22 to 27 bytes: right, %' in results['measured']
+    results = compare('--task sums --data auto --weightings token sequence', 'compare-sums')
     assert next(iter(results['measured'])) == 'answers that are right, %'
+    assert '22 to 27 bytes: right, %' in results['measured']
     assert 20 <= results['answers'] <= 24
-    assert f'{results["answers"]} answers are held out' in out
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ('--learning-rates 1e-3 0', '--learning-rates must be above 0, got 0.0'),
-        ('--learning-rates 1e-3 1e-3', '--learning-rates must differ from one another, got 0.001 0.001'),
-        ('--learning-rates 1e-3 --tuning-seeds 1 2', '--tuning-seeds must be others than --seeds'),
-        ('--until-flat 0', '--until-flat must be above 0, got 0.0'),
-        ('--seeds -1', '--seeds must be at least 0, got -1'),
-        ('--seeds 1 1', '--seeds must differ from one another, got 1 1'),
-        ('--weightings token token', '--weightings must differ from one another'),
-        ('--data nowhere', 'cannot read nowhere: No such file'),
-        ('--data builtin --task mixed', 'too few lines like [[de:Titel]]'),
-    ],
-)
-def test_what_is_no_good_is_one_line(capsys, options, message):
-    with pytest.raises(SystemExit) as stop:
-        compare_weightings.main([*TINY, *options.split()])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not list(Path('.').rglob('*.jsonl'))

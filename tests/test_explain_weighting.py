@@ -16,7 +16,7 @@ from xtloss import AutoregressiveWrapper
 
 @pytest.fixture(autouse=True)
 def terminal(folder, monkeypatch):
-    """One of the usual width."""
+    """One of the usual width, in an empty folder."""
     monkeypatch.setenv('COLUMNS', '80')
 
 
@@ -26,12 +26,13 @@ def shares(name: str = 'weighting') -> list[dict[str, float]]:
         return [{column: float(value) for column, value in row.items()} for row in csv.DictReader(file)]
 
 
-def of_wrapper(weighting: str, **batch: torch.Tensor) -> list[float]:
-    """Return the share of each row of a batch that has a target, by the wrapper."""
+def assert_those_of_the_wrapper(**batch: torch.Tensor) -> None:
+    """Check the shares of the rows that have a target against what the wrapper gives them."""
     net = TransformerWrapper(num_tokens=256, max_seq_len=64, attn_layers=Decoder(dim=16, depth=1, heads=2))
-    _, breakdown = AutoregressiveWrapper(net, loss_weighting=weighting)(**batch, return_breakdown=True)
-    of_rows = (breakdown.weight / breakdown.normalizer).sum(dim=1)
-    return of_rows[(breakdown.weight > 0).any(dim=1)].tolist()
+    for weighting in explain_weighting.POWERS:
+        _, breakdown = AutoregressiveWrapper(net, loss_weighting=weighting)(**batch, return_breakdown=True)
+        of_rows = (breakdown.weight / breakdown.normalizer).sum(dim=1)[(breakdown.weight > 0).any(dim=1)]
+        assert [row[f'{weighting} sequence'] for row in shares()] == pytest.approx(of_rows.tolist())
 
 
 def test_the_seed_example_by_hand(capsys):
@@ -53,10 +54,7 @@ def test_lines_have_the_shares_of_the_wrapper(folder, max_len):
     explain_weighting.main(['--file', 'text', *(['--max-len', str(max_len)] if max_len else [])])
     lens = torch.tensor([len(line[:max_len]) for line in lines])
     x = torch.ones(len(lines), int(lens.max()), dtype=torch.long)
-    for weighting in explain_weighting.POWERS:
-        assert [row[f'{weighting} sequence'] for row in shares()] == pytest.approx(
-            of_wrapper(weighting, x=x, lens=lens)
-        )
+    assert_those_of_the_wrapper(x=x, lens=lens)
 
 
 @pytest.mark.parametrize('max_len', [None, 7])
@@ -70,9 +68,7 @@ def test_answers_have_the_shares_of_the_wrapper(folder, max_len):
     lens = torch.tensor([end if max_len is None else min(end, max_len) for _, end in whole])
     loss_mask = torch.arange(int(lens.max())) >= torch.tensor([start for start, _ in whole])[:, None]
     x = torch.ones(loss_mask.shape, dtype=torch.long)
-    for weighting in explain_weighting.POWERS:
-        expected = of_wrapper(weighting, x=x, lens=lens, loss_mask=loss_mask)
-        assert [row[f'{weighting} sequence'] for row in shares()] == pytest.approx(expected)
+    assert_those_of_the_wrapper(x=x, lens=lens, loss_mask=loss_mask)
 
 
 def test_many_lengths_come_in_ranges_that_sum_to_all(folder, capsys):
@@ -84,56 +80,8 @@ def test_many_lengths_come_in_ranges_that_sum_to_all(folder, capsys):
         assert sum(row[f'{weighting} sequence'] for row in shares('many')) == pytest.approx(total)
 
 
-@pytest.mark.parametrize(
-    ('lens', 'says'),
-    [
-        (
-            [10] * 95 + [1000] * 5,
-            '90% of your sequences are within a factor of 1.0 (10 to 10 targets): the choice hardly',
-        ),
-        ([10, 13], 'All sequences are within a factor of 1.3 (10 to 13 targets): the choice hardly matters.'),
-        ([10, 30], 'within a factor of 3.0 (10 to 30 targets): the choice matters a little.'),
-        ([10, 900], 'within a factor of 90.0 (10 to 900 targets): the choice matters.'),
-    ],
-)
-def test_the_spread_in_a_sentence(lens, says):
-    assert says in explain_weighting.spread(torch.tensor(lens))
-
-
-def test_what_does_not_sum_to_100_percent_is_said(capsys):
-    explain_weighting.main(['--lens', '300', '300', '100', '500'])
-    out = ' '.join(capsys.readouterr().out.split())
-    assert 'Their shares sum to 60% and 30,000%, as their losses are 0.6 and 300 times' in out
-
-
-@pytest.mark.parametrize(
-    ('content', 'options', 'message'),
-    [
-        (None, ['--lens'], '--lens wants at least one value'),
-        (None, ['--file', 'missing.txt'], 'cannot read missing.txt: No such file or directory'),
-        (None, ['--file', '.'], 'cannot read .: Is a directory'),
-        ('', ['--file', 'a.jsonl'], 'a.jsonl is empty'),
-        ('\n\n', ['--file', 'a.jsonl'], 'no sequence has a target'),
-        ('{"prompt": "a"}', ['--file', 'a.jsonl'], 'a.jsonl, line 1: --answer answer is not among its names: prompt'),
-        ('\n{"prompt": 3', ['--file', 'a.jsonl'], 'a.jsonl, line 2: '),
-        ('[1]', ['--file', 'a.jsonl'], 'a.jsonl, line 1: must be an object, got list'),
-        (
-            '{"prompt": "a", "answer": 4}',
-            ['--file', 'a.jsonl'],
-            'answer must be a string or a list of token ids, got int',
-        ),
-        ('{"prompt": "a", "answer": "b"}', ['--file', 'a.jsonl', '--max-len', '1'], 'no sequence has a target'),
-    ],
-)
-def test_what_is_no_good_is_one_line_and_exit_2(folder, capsys, content, options, message):
-    if content is not None:
-        (folder / 'a.jsonl').write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        explain_weighting.main(options)
-    assert stop.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.err.count('\n') == 1
-    assert printed.err.startswith('explain_weighting.py: ')
-    assert message in printed.err
-    assert printed.out == ''
-    assert not (folder / 'runs').exists()
+def test_the_spread_in_a_sentence():
+    of_most = explain_weighting.spread(torch.tensor([10] * 95 + [1000] * 5))
+    assert '90% of your sequences are within a factor of 1.0 (10 to 10 targets): the choice hardly' in of_most
+    of_two = explain_weighting.spread(torch.tensor([10, 900]))
+    assert 'within a factor of 90.0 (10 to 900 targets): the choice matters.' in of_two

@@ -15,32 +15,17 @@ RECIPES = EXAMPLES / 'recipes.md'
 BLOCK = re.compile(r'(?P<reason><!-- not run: .+? -->\s*)?^```python\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
-def python_blocks(text: str) -> list[tuple[int, str]]:
-    """The line and code of every ```python block, but for those right after a `<!-- not run: reason -->`."""
-    return [
-        (text.count('\n', 0, found.start('code')), found['code'])
-        for found in BLOCK.finditer(text)
-        if found['reason'] is None
-    ]
-
-
 @pytest.mark.parametrize('page', [README, CHOOSING, RECIPES], ids=['README', 'choosing', 'recipes'])
 def test_blocks_run_in_order(page: Path) -> None:
-    blocks = python_blocks(page.read_text())
-    assert blocks, f'{page.name} has no ```python block'
+    """All of them but for those right after a `<!-- not run: reason -->`."""
+    text = page.read_text()
+    blocks = list(BLOCK.finditer(text))
+    assert 0 < len(blocks) == text.count('```python')
     names: dict[str, object] = {'__name__': 'readme'}
-    for line, code in blocks:
-        exec(
-            compile('\n' * line + code, str(page), 'exec'), names
-        )  # the blank lines make tracebacks name the page's lines
-
-
-def test_what_is_a_block() -> None:
-    text = (
-        'a\n```python\nx = 1\n```\n```bash\ny\n```\n'
-        '<!-- not run: needs two GPUs -->\n```python\nz\n```\n\n```python\nw = 2\n```\n'
-    )
-    assert python_blocks(text) == [(2, 'x = 1\n'), (13, 'w = 2\n')]
+    for block in blocks:
+        if block['reason'] is None:
+            line = text.count('\n', 0, block.start('code'))  # blank lines make tracebacks name those of the page
+            exec(compile('\n' * line + block['code'], str(page), 'exec'), names)
 
 
 def anchor(heading: str) -> str:
