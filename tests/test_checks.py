@@ -1,4 +1,4 @@
-"""The check of arguments by itself: kinds, dims that bind, numbers. Errors of the callables: `test_bad_table.py`."""
+"""The check of arguments by itself: kinds, dims that bind, numbers. Errors of the callables: `test_bad_input.py`."""
 
 from fractions import Fraction
 from typing import Any
