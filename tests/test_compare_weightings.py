@@ -203,6 +203,35 @@ def test_the_whole_of_it(task, capsys, monkeypatch):
     assert f'runs/{name}-token-0 was trained with --steps 3, not 4' in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('options', 'interrupted', 'end'),
+    [('--steps 16', 7, 16), ('--steps 32 --until-flat 1e6 --decay linear', 13, 15)],  # before its end; in its decay
+)
+def test_an_interrupted_run_goes_on(monkeypatch, options, interrupted, end):
+    """It ends as one that nobody interrupted."""
+    options = f'{options} --weightings token --seeds 0 --name'
+    whole = compare(f'{options} whole', 'whole')
+    train, taken = train_enwik8.train, []
+
+    def stop(step):
+        taken.append(step)
+        if taken.count(interrupted) == 1 and step == interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_enwik8, 'train', lambda config, on_step: train(config, on_step=stop))
+    with pytest.raises(SystemExit) as stopped:
+        compare(f'{options} cut')
+    assert stopped.value.code == 130
+    assert compare(f'{options} cut', 'cut')['reports'] == whole['reports']
+    assert taken == [*range(1, interrupted + 1), *range(interrupted, end + 1)]  # from the checkpoint just before
+    of_whole, of_cut = (
+        [(record.get('train_loss'), record.get('learning_rate')) for record in metrics(f'{name}-token-0')]
+        for name in ('whole', 'cut')
+    )
+    assert of_cut == of_whole
+
+
 # learning rates, flatness, sums
 
 
