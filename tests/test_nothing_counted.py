@@ -83,46 +83,35 @@ def assert_nothing(model: nn.Module, usual: dict[str, Any], call: dict[str, Any]
     assert model.loss_normalizer(**{k: v for k, v in call.items() if k != 'loss_weight'}).item() == z
 
 
-NOTHING: dict[str, Callable[[Tensor], dict[str, Any]]] = {
-    'one token': lambda x: {'x': x[:, :1]},
-    'no rows': lambda x: {'x': x[:0]},
-    'no rows of one token': lambda x: {'x': x[:0, :1]},
-    'no length': lambda x: {'x': x, 'lens': torch.zeros(B).long()},
-    'length one': lambda x: {'x': x, 'lens': torch.ones(B).long()},
-    'all masked': lambda x: {'x': x, 'mask': torch.zeros(B, N).bool()},
+EVERY = tuple(KINDS)
+UNROLLED, OF_IDS, PADDED = EVERY[:-1], EVERY[:4], ('plain', 'not fused', 'xl', 'continuous')
+NONE, NANS = torch.zeros(B, N).bool(), torch.full((B, N), math.nan)
+NOTHING: dict[str, tuple[tuple[str, ...], Callable[[Tensor], dict[str, Any]]]] = {  # of which kinds, and the call
+    'one token': (EVERY, lambda x: {'x': x[:, :1]}),
+    'no rows': (EVERY, lambda x: {'x': x[:0]}),
+    'no rows of one token': (EVERY, lambda x: {'x': x[:0, :1]}),
+    'no length': (EVERY, lambda x: {'x': x, 'lens': torch.zeros(B).long()}),
+    'length one': (EVERY, lambda x: {'x': x, 'lens': torch.ones(B).long()}),
+    'all masked': (EVERY, lambda x: {'x': x, 'mask': NONE}),
+    'alternating mask': (UNROLLED, lambda x: {'x': x, 'mask': (torch.arange(N) % 2 == 0).expand(B, N)}),
+    'no loss': (UNROLLED, lambda x: {'x': x, 'loss_mask': NONE, 'loss_weight': NANS}),
+    'all ignored': (OF_IDS, lambda x: {'x': torch.full_like(x, -100)}),
+    'late start': (
+        ('plain', 'not fused', 'unpad', 'continuous'),
+        lambda x: {'x': x, 'seq_start_pos': torch.full((B,), N - 1)},
+    ),
+    'k frames': (('rollout',), lambda x: {'x': x[:, :K]}),
+    'short rows': (('rollout',), lambda x: {'x': x * math.nan, 'lens': torch.full((B,), K), 'loss_weight': NANS}),
+    'no rows, a normalizer of all ranks': (('rollout',), lambda x: {'x': x[:0], 'normalizer': torch.tensor(7.0)}),
 }
-NOT_ROLLED: dict[str, Callable[[Tensor], dict[str, Any]]] = {
-    'alternating mask': lambda x: {'x': x, 'mask': (torch.arange(N) % 2 == 0).expand(B, N)},
-    'no loss': lambda x: {
-        'x': x, 'loss_mask': torch.zeros(B, N).bool(), 'loss_weight': torch.full((B, N), math.nan),
-    },
-}  # fmt: skip
-IGNORED: dict[str, Callable[[Tensor], dict[str, Any]]] = {'all ignored': lambda x: {'x': torch.full_like(x, -100)}}
-STARTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
-    'late start': lambda x: {'x': x, 'seq_start_pos': torch.full((B,), N - 1)}
-}
-SHORT: dict[str, Callable[[Tensor], dict[str, Any]]] = {
-    'k frames': lambda x: {'x': x[:, :K]},
-    'short rows': lambda x: {
-        'x': x * math.nan, 'lens': torch.full((B,), K), 'loss_weight': torch.full((B, N), math.nan),
-    },
-    'no rows, a normalizer of all ranks': lambda x: {'x': x[:0], 'normalizer': torch.tensor(7.0)},
-}  # fmt: skip
-ALL = NOTHING | NOT_ROLLED | IGNORED | STARTS | SHORT
 
 
-def nothing_of(kind: str) -> list[str]:
-    if kind == 'rollout':
-        return [*NOTHING, *SHORT]
-    return [*NOTHING, *NOT_ROLLED, *(() if kind in FRAMES else IGNORED), *(() if kind == 'xl' else STARTS)]
-
-
-@pytest.mark.parametrize(('kind', 'nothing'), [(kind, nothing) for kind in KINDS for nothing in nothing_of(kind)])
+@pytest.mark.parametrize(('kind', 'nothing'), [(kind, name) for name, (kinds, _) in NOTHING.items() for kind in kinds])
 def test_nothing_counted(kind: str, nothing: str) -> None:
     """Of each kind of head, with every kind of Z."""
     options, x, with_each = networks_of(kind), x_of(kind), KINDS[kind][2]
     names = ['rotary, flash', 'tied', 'mixture of softmax', 'continuous head', 'looped', 'gaussian']
-    call = {**with_each, **ALL[nothing](x)}
+    call = {**with_each, **NOTHING[nothing][1](x)}
     width = K if kind == 'rollout' else call['x'].shape[1] - 1
     for name in filter(options.__contains__, names):
         model = wrapped(kind, options[name])
@@ -133,25 +122,31 @@ def test_nothing_counted(kind: str, nothing: str) -> None:
                 assert_nothing(model, {'x': x, **with_each}, given | call, width, z)
 
 
-GIVEN: dict[str, dict[str, Any]] = {  # with rows; none of them is then given
-    'lens': {'lens': LENS},
-    'left mask': {'mask': REAL.flip(1)},
-    'weights': {'loss_mask': REAL, 'loss_weight': torch.rand(B)},
-    'mems': {'mems': [torch.ones(B, 3, 16)] * 2},
+# of which kinds, options of the network, and what goes with its rows, of which none are then given
+GIVEN: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
+    'lens': (PADDED, {}, {'lens': LENS}),
+    'left mask': (PADDED, {}, {'mask': REAL.flip(1)}),
+    'weights': (UNROLLED, {}, {'loss_mask': REAL, 'loss_weight': torch.rand(B)}),
+    'mems': (PADDED, {}, {'mems': [torch.ones(B, 3, 16)] * 2}),
+    'starts': (('plain', 'not fused', 'unpad', 'continuous'), {}, {'seq_start_pos': N - LENS, 'mask': REAL.flip(1)}),
+    'key mask': (('plain', 'not fused', 'continuous'), {}, {'self_attn_kv_mask': REAL}),
+    'segment_ids': (('plain',), {}, {'segment_ids': REAL.long()}),
+    'prepend_embeds': (
+        ('plain',),
+        {},
+        {'prepend_embeds': torch.randn(B, 2, 16), 'prepend_mask': torch.ones(B, 2).bool()},
+    ),
+    'sum_embeds': (PADDED, {}, {'sum_embeds': torch.randn(B, N, 16)}),
+    'context': (PADDED, {'layers_cross_attend': True}, {'context': torch.randn(B, 6, 16)}),
+    'condition': (
+        PADDED,
+        {'layers_use_adaptive_layernorm': True, 'layers_dim_condition': 4},
+        {'condition': torch.randn(B, 4)},
+    ),
 }
-NOT_XL: dict[str, dict[str, Any]] = {
-    'starts': {'seq_start_pos': N - LENS, 'mask': REAL.flip(1)},
-    'key mask': {'self_attn_kv_mask': REAL},
-}
-ONLY_PLAIN: dict[str, dict[str, Any]] = {
-    'segment_ids': {'segment_ids': REAL.long()},
-    'prepend_embeds': {'prepend_embeds': torch.randn(B, 2, 16), 'prepend_mask': torch.ones(B, 2).bool()},
-}
-BESIDE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what networks read besides, and which
-    'sum_embeds': ({}, {'sum_embeds': torch.randn(B, N, 16)}),
-    'context': ({'layers_cross_attend': True}, {'context': torch.randn(B, 6, 16)}),
-    'condition': ({'layers_use_adaptive_layernorm': True, 'layers_dim_condition': 4}, {'condition': torch.randn(B, 4)}),
-}
+NO_ROWS = [(kind, name, 'left mask') for kind in UNROLLED for name in networks_of(kind)]
+NO_ROWS += [(kind, name, 'lens') for kind in KINDS for name in networks_of(kind)]
+NO_ROWS += [(kind, 'rotary, flash', name) for name, (kinds, *_) in GIVEN.items() for kind in kinds]
 
 
 def without_rows(value: Any) -> Any:
@@ -160,21 +155,9 @@ def without_rows(value: Any) -> Any:
     return value[:0].clone().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
 
 
-def no_rows() -> list[tuple[str, str, str]]:
-    """A kind, a network, and what is given."""
-    found = [(kind, name, 'left mask') for kind in KINDS for name in networks_of(kind) if kind != 'rollout']
-    found += [(kind, name, 'lens') for kind in KINDS for name in networks_of(kind)]
-    for kind in KINDS:
-        if kind != 'rollout':
-            given = [*GIVEN, *BESIDE, *(() if kind == 'xl' else NOT_XL), *(ONLY_PLAIN if kind == 'plain' else ())]
-            given = [name for name in given if kind != 'unpad' or name in ('weights', 'starts')]
-            found += [(kind, 'rotary, flash', name) for name in given]
-    return list(dict.fromkeys(found))
-
-
-@pytest.mark.parametrize(('kind', 'name', 'given'), no_rows())
+@pytest.mark.parametrize(('kind', 'name', 'given'), list(dict.fromkeys(NO_ROWS)))
 def test_no_rows(kind: str, name: str, given: str) -> None:
-    options, call = BESIDE.get(given, ({}, (GIVEN | NOT_XL | ONLY_PLAIN).get(given, {})))
+    _, options, call = GIVEN[given]
     if kind == 'continuous':  # whose inputs are one frame less
         call = {k: v[:, 1:] if k in ('sum_embeds', 'self_attn_kv_mask') else v for k, v in call.items()}
     model, with_each = wrapped(kind, networks_of(kind)[name] | options), KINDS[kind][2]
