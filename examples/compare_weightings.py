@@ -10,7 +10,7 @@ of train_enwik8.py, in runs/NAME-WEIGHTING-SEED/, or in runs/NAME-WEIGHTING-RATE
 its own: a finished one is not run again, an interrupted one goes on, and other processes may train other seeds or
 weightings of the same name. The report, tables, pictures and results.json, goes to runs/NAME/.
 
-On one core a step took 0.26 s of lines, 0.41 s of mixed, 1.1 s of pages and 0.09 s of sums: a run takes 4 to 7
+On one core a step took 0.26 s of lines, 0.41 s of mixed, 1.1 s of pages and 0.13 s of sums: a run takes 3 to 7
 minutes by default, the 15 runs of three weightings and five seeds 1 to 2 hours, and a run of 3,000 steps of mixed 21
 minutes. --learning-rates adds a run for each weighting, rate and tuning seed (24 of three weightings, four rates and
 two seeds), and as many runs at the own rates as there are at the shared one. The report says what it took.

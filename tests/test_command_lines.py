@@ -152,6 +152,21 @@ def test_scripts_run_from_any_folder(script):
     assert done.stderr == ''
 
 
+def test_the_deprecation_of_torch_jit_script_is_not_shown():
+    """x-transformers decorates with it when it is imported, and a new torch says so in a FutureWarning."""
+    code = (
+        'import warnings\n'
+        'import command_line\n'
+        "warnings.warn('`torch.jit.script` is deprecated. Please switch', FutureWarning)\n"
+        "warnings.warn('`torch.jit.script` is not supported in Python 3.14+', FutureWarning)\n"
+        "warnings.warn('another', FutureWarning)"
+    )
+    environment = {**ENVIRONMENT, 'PYTHONPATH': os.pathsep.join((str(EXAMPLES.parent), str(EXAMPLES)))}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    assert 'torch.jit.script' not in done.stderr
+    assert 'another' in done.stderr
+
+
 @pytest.mark.parametrize('script', [*SCRIPTS, EXAMPLES / 'benchmarks' / 'bench_peers.py'], ids=lambda path: path.stem)
 def test_a_missing_package_is_one_line(script):
     code = (

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from batches import WEIGHTS, random_batch, subsets
 from hypothesis import given
 from hypothesis import strategies as st
+from modes import assert_equation, carried
 from networks import (
     EXACT,
     WEIGHTINGS,
@@ -22,7 +23,6 @@ from networks import (
 )
 from oracle import differentiable, expected
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from x_transformers import TransformerWrapper
 from x_transformers import XLAutoregressiveWrapper as Upstream
 from x_transformers.attend import Attend
@@ -172,20 +172,6 @@ def test_test_time_training_reads_logits() -> None:
     assert made(XLAutoregressiveWrapper, network(), fused=True)(ids()).isfinite()
 
 
-def carried(net: nn.Module, x: Tensor, segment: int = S, *, forget: bool = False, **of_tokens: Any) -> Tensor:
-    """Logits of the pieces of a row, each read with what is of its tokens and the memories of those before.
-
-    No gradient flows into memories; with `forget` there are none.
-    """
-    mems, found, inputs = None, [], x.shape[1] - 1
-    for start in range(0, inputs, segment):
-        here = slice(start, min(start + segment, inputs))
-        arguments = tree_map(lambda t: t[:, here], of_tokens)  # noqa: B023
-        logits, mems = net(x[:, here], mems=None if forget else mems, return_mems=True, **arguments)
-        found.append(logits)
-    return torch.cat(found, dim=1)
-
-
 @given(
     seed=st.integers(0, 10**6),
     b=st.integers(1, 4),
@@ -217,12 +203,7 @@ def test_the_equation(
 
     wrapper = XLAutoregressiveWrapper(net, loss_weighting=weighting)
     loss, parts = wrapper(**call, normalizer=normalizer, dropout_mems=not memory, return_breakdown=True)
-    assert loss.item() == pytest.approx(want.loss, rel=1e-9, abs=1e-12)
-    torch.testing.assert_close(parts.weight, torch.tensor(want.weight, dtype=torch.float64), rtol=1e-9, atol=0)
-    torch.testing.assert_close(
-        parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64), rtol=1e-9, atol=1e-12
-    )
-    assert parts.normalizer.item() == pytest.approx(want.normalizer, rel=1e-9)
+    assert_equation((loss, parts), want)
     if normalizer is None:
         z = wrapper.loss_normalizer(**call.without('loss_weight'))
         assert z.item() == pytest.approx(want.normalizer, rel=1e-9)
@@ -234,7 +215,7 @@ def test_a_mean_of_the_means_of_segments_is_another() -> None:
     """Upstream averages each segment by itself: all its targets, from 2.28 on its rows, one that has ended as 0."""
     x = ids().clamp(min=1).masked_fill(torch.arange(N) >= torch.tensor([[14], [7], [3], [9]]), 0)
     net = network()
-    want = expected(carried(net, x), x, ignore_index=0, weighting='sequence')
+    want = expected(carried(net, x, S), x, ignore_index=0, weighting='sequence')
 
     by_segment = 0.0
     for start, end in ((0, 5), (5, 10), (10, 13)):
@@ -258,7 +239,7 @@ def test_an_ignored_token_can_be_read() -> None:
     net = network()
     with pytest.raises(IndexError):
         Upstream(net)(x)
-    want = expected(carried(net, x.masked_fill(x == -100, 3)), x)
+    want = expected(carried(net, x.masked_fill(x == -100, 3), S), x)
     assert XLAutoregressiveWrapper(net, pad_value=3)(x).item() == pytest.approx(want.loss, rel=1e-5)
 
 
@@ -330,7 +311,7 @@ def test_what_is_of_a_token_goes_where_its_segment_goes(name: str) -> None:
     net, x = network(dtype=torch.float64, **EXACT, **options), ids()
     net.of_tokens = nn.ParameterDict({key: p for key, p in call.items() if isinstance(p, nn.Parameter)})
     forget = name == 'condition'  # which x-transformers takes to be of the memories too
-    logits = carried(net, x, forget=forget, **call)
+    logits = carried(net, x, S, forget=forget, **call)
     want = expected(logits, x, weighting='sequence')
     wrapper = XLAutoregressiveWrapper(net, loss_weighting='sequence')
     loss, parts = wrapper(x, **call, dropout_mems=forget, return_breakdown=True)

@@ -6,7 +6,7 @@ that comes after it. Both numbers have d digits, zeros in front of the shorter o
 needs no end. Of a sum the answer alone is learned.
 
 The letters are the index hints of Zhou et al., What Algorithms can Transformers Learn?, 2023,
-https://arxiv.org/abs/2310.16028. Without them a small network hardly learned a sum in 3,000 steps.
+https://arxiv.org/abs/2310.16028. Without them a small network has hardly a sum right after 2,300 steps.
 """
 
 from __future__ import annotations
