@@ -62,7 +62,10 @@ OF_TOKENS = [(B, N - 1), (B, N + 1), (1, N), (N,), (B,), (B, N, 1), (), (N, B), 
 OF_KEYS = [(N,), (B,), (B, N, 1), (), (N, B), (0, N)]
 COUNTING = {
     'lens': like_x(ROWS, 'integer', *OF_ROWS),
-    'mask': like_x(FLAGS, 'bool', *OF_TOKENS),
+    'mask': [
+        *like_x(FLAGS, 'bool', *OF_TOKENS),
+        Wrong(FLAGS[:, 1:], ValueError, '{} must have shape (4, 8) like x, …inputs…'),  # a note says why
+    ],
     'loss_mask': like_x(FLAGS, 'bool', *OF_TOKENS),
     'loss_weight': tensors(WEIGHTS, 'floating point', '(4,) or (4, 8) like x', *OF_TOKENS[:4], *OF_ROWS[:5]),
     'normalizer': wrong.NORMALIZER,
@@ -111,8 +114,6 @@ OPTIONS_XL = {**OPTIONS, 'fused': wrong.FUSED}
 OPTIONS_AR = {**OPTIONS_XL, 'unpad': wrong.FLAG, 'trust_segments': wrong.FLAG}
 TWISTED = {'kwargs': unknown('lenss')}
 
-# a note says why
-NOTED = {'mask': [*COUNTING['mask'], Wrong(FLAGS[:, 1:], ValueError, '{} must have shape (4, 8) like x, …inputs')]}
 # of each wrapper: its class, a batch, its options, and the arguments of its forward, the network's too
 WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict[str, list[Wrong]]]] = [
     (
@@ -137,7 +138,7 @@ WRAPPERS: list[tuple[type[nn.Module], torch.Tensor, dict[str, list[Wrong]], dict
         OPTIONS,
         {
             'x': FRAMES_OF_X,
-            **{**COUNTING, **NOTED},
+            **COUNTING,
             **ATTN_MASK,
             **MEMORIES,
             'rollout_steps': wrong.CHUNK_SIZE,
