@@ -1,4 +1,4 @@
-"""Copies of a wrapper, by whatever way, are wrappers of their own: deepcopy, files, moving averages."""
+"""Copies of a wrapper, by whatever way, are wrappers of their own, with tied heads too: files, moving averages."""
 
 import copy
 import pickle
@@ -46,22 +46,27 @@ COPIES: dict[str, Callable[[Any, str, dict[str, Any]], Any]] = {
     'torch.save': lambda wrapper, *_: saved(wrapper, weights_only=False),
     'state_dict': reloaded,
     'AveragedModel': lambda wrapper, *_: AveragedModel(wrapper).module,
+    'inside a parent': lambda wrapper, *_: copy.deepcopy(nn.ModuleDict({'model': wrapper}))['model'],
+    'copy of a copy': lambda wrapper, *_: copy.deepcopy(copy.deepcopy(wrapper)),
 }
 
 
-@pytest.mark.parametrize(
-    ('kind', 'tied'), [(kind, tied) for kind in KINDS for tied in (False, True) if not (tied and kind == 'continuous')]
-)  # which has no embedding to tie
+CASES = [(kind, False, 'auto') for kind in KINDS]
+CASES += [(kind, True, fused) for kind in KINDS if kind != 'continuous' for fused in (True, False)]
+
+
+@pytest.mark.parametrize(('kind', 'tied', 'fused'), CASES)
 @pytest.mark.parametrize('how', COPIES)
-def test_copies(kind: str, tied: bool, how: str) -> None:
-    """Of a wrapper that was used; its options go along, and neither moves when the other is trained."""
+def test_copies(kind: str, tied: bool, fused: str | bool, how: str) -> None:
+    """Of a wrapper that was used; its options go along, and neither moves or gets gradients when the other does."""
     # of flash attention pickle cannot take a part
     network: dict[str, Any] = {'layers_attn_flash': False, **({'tie_embedding': True} if tied else {})}
-    wrapper, call = ours(kind, **network), batch(kind)
+    wrapper, call = ours(kind, fused=fused, **network), batch(kind)
     before = wrapper(**call)
     before.backward()
     other = COPIES[how](wrapper, kind, network)
     assert_same(other(**call), other, wrapper(**call), wrapper, 1e-12)
+    assert not gradients(other(**call), wrapper)
     assert list(other.state_dict()) == list(wrapper.state_dict())
     with torch.no_grad():
         for p in wrapper.parameters():

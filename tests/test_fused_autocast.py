@@ -1,4 +1,4 @@
-"""Under bf16 and fp16 autocast nothing is less precise than upstream."""
+"""Under fp16 autocast nothing is less precise than upstream; `test_parity_heads.py` has bf16."""
 
 from collections import Counter
 from typing import Any
@@ -12,10 +12,8 @@ from x_transformers import TransformerWrapper
 from xtloss import AutoregressiveWrapper
 
 
-def autocast_errors(
-    dtype: torch.dtype, network: dict[str, Any], scale: float = 1.0, sharpness: float = 1.0
-) -> dict[str, Counter[str]]:
-    """Errors of upstream's wrapper and of ours under the same autocast, added up over a few seeds.
+def autocast_errors(network: dict[str, Any], scale: float, sharpness: float) -> dict[str, Counter[str]]:
+    """Errors of upstream's wrapper and of ours under fp16 autocast, added up over a few seeds.
 
     Squared distances from float64 of the loss, of all gradients, and of the head's; how many gradients are lost to 0,
     and how many are not finite. The loss is multiplied by `scale` before the backward pass, the gradients divided by it
@@ -40,7 +38,7 @@ def autocast_errors(
         want_loss, want = loss.item(), gradients(loss, exact)
         for name, cls in wrappers.items():
             wrapper = cls(make(torch.float32))
-            with torch.autocast('cpu', dtype=dtype):
+            with torch.autocast('cpu', dtype=torch.float16):
                 loss = wrapper(x)
             found[name]['loss'] += (loss.item() - want_loss) ** 2
             for parameter, grad in gradients(loss * scale, wrapper.net).items():
@@ -54,20 +52,13 @@ def autocast_errors(
 
 
 @pytest.mark.parametrize('network', [{}, {'tie_embedding': True}])
-def test_bf16_autocast_is_no_further_from_float64_than_upstreams(network: dict[str, Any]) -> None:
-    errors = autocast_errors(torch.bfloat16, network)
-    for what in ('loss', 'gradient', 'head'):
-        assert errors['ours'][what] ** 0.5 <= 1.05 * errors['upstream'][what] ** 0.5, what
-
-
-@pytest.mark.parametrize('network', [{}, {'tie_embedding': True}])
 @pytest.mark.parametrize('sharpness', [1.0, 10.0])
 def test_fp16_autocast_with_a_scaled_loss_keeps_what_upstream_keeps(network: dict[str, Any], sharpness: float) -> None:
     """Upstream 2.31 makes the loss in fp16, which a scale of 65536 takes to infinity: it is given half of that."""
-    errors = autocast_errors(torch.float16, network, 65536.0, sharpness)
+    errors = autocast_errors(network, 65536.0, sharpness)
     assert errors['ours']['infinite'] == 0
     if errors['upstream']['infinite']:
-        errors['upstream'] = autocast_errors(torch.float16, network, 32768.0, sharpness)['upstream']
+        errors['upstream'] = autocast_errors(network, 32768.0, sharpness)['upstream']
     assert errors['upstream']['infinite'] == 0
     for what in ('loss', 'gradient', 'head'):
         assert errors['ours'][what] ** 0.5 <= 1.05 * errors['upstream'][what] ** 0.5, what

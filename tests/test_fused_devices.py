@@ -24,31 +24,21 @@ def step(wrapper: AutoregressiveWrapper, x: Tensor, **call: Tensor) -> None:
         assert p.grad is None or p.grad.shape == p.shape
 
 
-@pytest.mark.parametrize('fused', [True, 'auto', False])
+@pytest.mark.parametrize('where', ['meta', 'fake', 'fake network'])
 @pytest.mark.parametrize('network', NETWORKS)
-@pytest.mark.parametrize('masked', [False, True])
-def test_meta(network: dict[str, Any], fused: str | bool, masked: bool) -> None:
-    wrapper = AutoregressiveWrapper(decoder(**network).to('meta'), fused=fused)
-    with torch.device('meta'):
-        x = torch.zeros(3, 9, dtype=torch.long)
-        step(
-            wrapper, x, **({'lens': torch.zeros(3, dtype=torch.long), 'loss_weight': torch.zeros(3)} if masked else {})
-        )
-
-
-@pytest.mark.parametrize('inside', [True, False])
-@pytest.mark.parametrize('network', NETWORKS)
-def test_fake_tensors_take_the_path_that_runs(network: dict[str, Any], inside: bool) -> None:
-    """Whether the network is built under the mode, of fake parameters, or before, of real ones."""
-    wrapper = AutoregressiveWrapper(decoder(num_tokens=509, **network), fused=True)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        if inside:
+def test_without_values_the_path_is_the_one_that_runs(network: dict[str, Any], where: str) -> None:
+    """On meta; in fake mode, whether the network is built under it, of fake parameters, or before, of real ones."""
+    net = decoder(num_tokens=509, **network)
+    on_meta = where == 'meta'
+    with torch.device('meta') if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
+        if where != 'fake':
             layers = Decoder(dim=16, depth=1, heads=2, attn_dim_head=8, verbose=False)
             net = TransformerWrapper(num_tokens=509, max_seq_len=32, attn_layers=layers, **network)
-            wrapper = AutoregressiveWrapper(net, fused=True)
-        step(wrapper, torch.zeros(3, 9, dtype=torch.long), lens=torch.zeros(3, dtype=torch.long))
+        x, call = torch.zeros(3, 9, dtype=torch.long), {'lens': torch.zeros(3, dtype=torch.long)}
+        step(AutoregressiveWrapper(net, fused=True), x, **call, loss_weight=torch.zeros(3))
+        step(AutoregressiveWrapper(net, fused=False), x, **call)
         with Operations(509) as seen:
-            AutoregressiveWrapper(wrapper.net, fused='auto')(torch.zeros(3, 9, dtype=torch.long)).backward()
+            AutoregressiveWrapper(net, fused='auto')(x).backward()
     assert seen.products == 3
     assert not any('log_softmax' in name or name == 'scatter' for name, _ in seen.seen)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import x_transformers
 from fused_problem import assert_near
-from networks import decoder
+from networks import assert_same_gradients, decoder, gradients
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -188,15 +188,26 @@ def test_a_loss_weight_of_nan_where_nothing_counts_gets_zero(fused: bool) -> Non
     assert grad[:, 1].all()
 
 
-def test_second_derivatives_through_a_loss_weight() -> None:
-    net = decoder(dtype=torch.float64)
-    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize('weighting', ['token', 'sequence'])
+def test_gradients_of_each_row_by_vmap(weighting: str) -> None:
+    """As the rows have them one by one, where nothing is fused; refused where head and loss are one."""
+    net, call = decoder(dtype=torch.float64), {'lens': torch.tensor([9, 3, 5])}
+    params = {name: p.detach() for name, p in net.named_parameters()}
 
-    def mixed(fused: bool) -> Tensor:
-        loss = AutoregressiveWrapper(net, fused=fused)(X, loss_weight=weight)
-        (grad,) = torch.autograd.grad(loss, net.to_logits.weight, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), weight)[0]
+    def loss(fused: str | bool, params: dict[str, Tensor], x: Tensor, call: dict[str, Tensor]) -> Tensor:
+        wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, fused=fused)
+        return func.functional_call(wrapper, {f'net.{name}': p for name, p in params.items()}, (x,), call)
 
-    assert mixed(False).abs().min() > 0
-    with pytest.raises(RuntimeError, match='fused=False'):
-        mixed(True)
+    for fused in ('auto', True):
+        with pytest.raises(RuntimeError, match='functorch transforms'):
+            func.grad(loss, argnums=1)(fused, params, X, call)
+    rows, row_calls = X[:, None], {name: t[:, None] for name, t in call.items()}
+    found = func.vmap(func.grad(loss, argnums=1), in_dims=(None, None, 0, 0))(False, params, rows, row_calls)
+    for row in range(3):
+        want = loss(False, dict(net.named_parameters()), rows[row], {name: t[row] for name, t in row_calls.items()})
+        assert_same_gradients({name: g[row] for name, g in found.items()}, gradients(want, net), 1e-9)
+
+
+def test_second_derivatives_where_some_targets_do_not_count() -> None:
+    logits, counted = torch.randn(5, 4, dtype=torch.float64, requires_grad=True), torch.arange(5) % 3 != 1
+    assert torch.autograd.gradgradcheck(cross_entropy, (logits, torch.randint(0, 4, (5,)), counted))
