@@ -1,4 +1,4 @@
-"""The arguments of `linear_cross_entropy`, what it is to give of them, and a count of the operations it takes."""
+"""The arguments of `linear_cross_entropy`, what it is to give of them, by which loop, and what operations it takes."""
 
 import functools
 import math
@@ -6,14 +6,17 @@ import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xtloss import linear_cross_entropy
+from xtloss.losses import chunked
 
 NAMES = ('embed', 'weight', 'bias')
+LOOPS = ('cpu', 'accelerator')
 
 
 class Problem(NamedTuple):
@@ -82,15 +85,45 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
         assert off.max() <= tolerance * scale.max(), f'{off.max():.1e} off at a scale of {scale.max():.1e}'
 
 
+def assert_right(dtype: torch.dtype, bias: bool, *size: Any, roundings: int = 4) -> None:
+    """Loss, token losses and all gradients are the oracle's, but for so many roundings of narrow logits."""
+    *shape, chunk = size
+    p = problem(*shape, dtype=dtype, bias=bias)
+    p.token_weight.requires_grad_()
+    want, wide = oracle(p._replace(token_weight=p.token_weight.detach())), torch.promote_types(dtype, torch.float32)
+    loss, token_loss = p.solve(chunk_size=chunk)
+    loss.backward()
+
+    assert loss.dtype == token_loss.dtype == wide
+    assert loss.shape == ()
+    assert not token_loss.requires_grad
+    # of the products' dtype, times the few units that logits are large; wide ones also for sums over tokens and words
+    tolerance = (32 if dtype == wide else roundings) * torch.finfo(dtype).eps
+    assert_near(token_loss, want.token_loss, tolerance)
+    assert_near(p.token_weight.grad, want.token_loss, tolerance)
+    total = (p.token_weight.detach().double() * want.token_loss).abs().sum().item()
+    assert abs(loss.item() - want.loss) <= tolerance * total
+    for name in NAMES[: len(p.inputs)]:
+        given = getattr(p, name)
+        assert given.grad.dtype == dtype
+        assert_near(given.grad, want.grads[name], tolerance)
+
+
+def use_loop(patch: pytest.MonkeyPatch, loop: str) -> None:
+    """Have this one of `LOOPS` solve everything. What it would compile runs as it is written."""
+    patch.setattr(chunked, 'is_accelerated', lambda embed: loop == 'accelerator')
+    patch.setattr(chunked, 'compiled', lambda function: function)
+
+
 class Operations(TorchDispatchMode):
     """Counts the operations that touch a tensor with a side of `vocab`, by name and shapes, forward and backward.
 
-    `largest` is the most elements that the storage of any tensor held, `names` counts all operations.
+    `names` counts all operations.
     """
 
     def __init__(self, vocab: int) -> None:
         super().__init__()
-        self.vocab, self.largest = vocab, 0
+        self.vocab = vocab
         self.seen: Counter[tuple[str, tuple[tuple[int, ...], ...]]] = Counter()
         self.names: Counter[str] = Counter()
 
@@ -99,7 +132,6 @@ class Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
         self.names[name] += 1
-        self.largest = max([self.largest, *(t.untyped_storage().nbytes() // t.element_size() for t in tensors)])
         shapes = tuple(sorted(tuple(t.shape) for t in tensors))
         if any(self.vocab in shape for shape in shapes):
             self.seen[name, shapes] += 1

@@ -46,8 +46,6 @@ COPIES: dict[str, Callable[[Any, str, dict[str, Any]], Any]] = {
     'torch.save': lambda wrapper, *_: saved(wrapper, weights_only=False),
     'state_dict': reloaded,
     'AveragedModel': lambda wrapper, *_: AveragedModel(wrapper).module,
-    'inside a parent': lambda wrapper, *_: copy.deepcopy(nn.ModuleDict({'model': wrapper}))['model'],
-    'copy of a copy': lambda wrapper, *_: copy.deepcopy(copy.deepcopy(wrapper)),
 }
 
 

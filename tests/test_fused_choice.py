@@ -93,68 +93,61 @@ PLAIN: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any]]] = {
     'arguments that are None': (decoder, {'to_logits_kwargs': None, 'return_logit_entropies': None, 'pos': None}),
 }
 
-# networks and calls that are not, and what a ValueError says
-LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
-    'deep head': (with_head(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 11))), {}, 'head is a Sequential'),
-    'LoRA': (with_head(lambda: ScaledLinear(16, 11)), {}, 'head is a ScaledLinear'),
-    'function': (lambda: decoder(to_logits=lambda x: x[..., :11]), {}, 'head is a function'),
-    'hook on the head': (after(lambda net: net.to_logits.register_forward_hook(doubled)), {}, 'head has hooks'),
-    'pre-hook on the head': (
-        after(lambda net: net.to_logits.register_forward_pre_hook(lambda _, args: (args[0] * 2,))),
-        {},
-        'head has hooks',
-    ),
-    'backward hook on the head': (
-        after(lambda net: net.to_logits.register_full_backward_hook(lambda m, gi, go: (gi[0] * 2,))),
-        {},
-        'head has hooks',
-    ),
-    'backward pre-hook on the head': (
-        after(lambda net: net.to_logits.register_full_backward_pre_hook(lambda m, go: (go[0] * 2,))),
-        {},
-        'head has hooks',
-    ),
-    'other forward of the head': (
-        after(lambda net: setattr(net.to_logits, 'forward', lambda x: x[..., :11])),
-        {},
-        'head has .*another forward',
-    ),
-    'hook on the network': (after(lambda net: net.register_forward_hook(doubled)), {}, 'network has hooks'),
-    'pre-hook on the network': (
-        after(lambda net: net.register_forward_pre_hook(lambda _, args: (args[0].flip(0),))),
-        {},
-        'network has hooks',
-    ),
-    'weight_norm': (after(lambda net: parametrizations.weight_norm(net.to_logits)), {}, 'Parametrized'),
-    'spectral_norm': (after(lambda net: spectral_norm(net.to_logits)), {}, 'head has hooks'),
-    'pruned': (after(lambda net: prune.l1_unstructured(net.to_logits, 'weight', 5)), {}, 'head has hooks'),
-    'mixture of softmax': (lambda: decoder(mixture_of_softmax=True), {}, 'to_mixture'),
-    'sigsoftmax': (lambda: decoder(sigsoftmax_logits=True), {}, 'sigsoftmax_logits'),
-    'looped': (lambda: decoder(looped=True, layers_pre_and_post_norm=True), {}, 'looped'),
-    'attn_pool': (lambda: decoder(attn_pool=True), {}, 'attn_pool'),
-    'squeeze_out_last_dim': (lambda: decoder(squeeze_out_last_dim=True), {}, 'squeeze_out_last_dim'),
-    'an embedding of ones own': (
-        after(lambda net: setattr(net.token_emb, 'emb', Scaled(11, 16)), tie_embedding=True),
-        {},
-        'tied embedding is not a plain nn.Embedding',
-    ),
-    'subclassed network': (own_network, {}, 'network is a OwnNetwork'),
-    'return_outputs': (decoder, {'return_outputs': True}, 'return_outputs'),
-    'return_logit_entropies': (decoder, {'return_logit_entropies': True}, 'return_logit_entropies'),
-    'to_logits_kwargs': (decoder, {'to_logits_kwargs': {}}, 'to_logits_kwargs'),
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    'hook': lambda module: module.register_forward_hook(doubled),
+    'pre-hook': lambda module: module.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    'backward hook': lambda module: module.register_full_backward_hook(lambda m, given, out: (given[0] * 2,)),
+    'backward pre-hook': lambda module: module.register_full_backward_pre_hook(lambda m, out: (out[0] * 2,)),
 }
 
-# the same, but x-transformers' own loss cannot be had of them, or not in every release
-NO_LOSS: dict[str, tuple[Callable[[], TransformerWrapper], dict[str, Any], str]] = {
-    'use_cls_token': (lambda: decoder(use_cls_token=True), {}, 'cls_token'),
-    'average_pool_embed': (lambda: decoder(average_pool_embed=True), {}, 'average_pool_embed'),
-    'return_only_embed': (lambda: decoder(return_only_embed=True), {}, 'NoneType'),
-    'return_logits_and_embeddings': (decoder, {'return_logits_and_embeddings': True}, 'return_logits_and_embeddings'),
-    'excise_prepend_embeds': (decoder, {'excise_prepend_embeds': True}, 'excise_prepend_embeds'),
-    'return_embeddings': (decoder, {'return_embeddings': True}, 'return_embeddings'),
-    'an argument of the future': (decoder, {'head_temperature': 2.0}, 'head_temperature'),
-    'not x-transformers': (lambda: Stub(torch.zeros(3, 9, 11)), {}, 'network is a Stub'),
+# networks that are not fused, and what a ValueError says
+LOGITS: dict[str, tuple[Callable[[], TransformerWrapper], str]] = {
+    'deep head': (with_head(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 11))), 'head is a Sequential'),
+    'LoRA': (with_head(lambda: ScaledLinear(16, 11)), 'head is a ScaledLinear'),
+    'function': (lambda: decoder(to_logits=lambda x: x[..., :11]), 'head is a function'),
+    'other forward of the head': (
+        after(lambda net: setattr(net.to_logits, 'forward', lambda x: x[..., :11])),
+        'head has .*another forward',
+    ),
+    'hook on the network': (after(lambda net: net.register_forward_hook(doubled)), 'network has hooks'),
+    'pre-hook on the network': (
+        after(lambda net: net.register_forward_pre_hook(lambda _, args: (args[0].flip(0),))),
+        'network has hooks',
+    ),
+    'weight_norm': (after(lambda net: parametrizations.weight_norm(net.to_logits)), 'Parametrized'),
+    'spectral_norm': (after(lambda net: spectral_norm(net.to_logits)), 'head has hooks'),
+    'pruned': (after(lambda net: prune.l1_unstructured(net.to_logits, 'weight', 5)), 'head has hooks'),
+    'mixture of softmax': (lambda: decoder(mixture_of_softmax=True), 'to_mixture'),
+    'sigsoftmax': (lambda: decoder(sigsoftmax_logits=True), 'sigsoftmax_logits'),
+    'looped': (lambda: decoder(looped=True, layers_pre_and_post_norm=True), 'looped'),
+    'attn_pool': (lambda: decoder(attn_pool=True), 'attn_pool'),
+    'squeeze_out_last_dim': (lambda: decoder(squeeze_out_last_dim=True), 'squeeze_out_last_dim'),
+    'an embedding of ones own': (
+        after(lambda net: setattr(net.token_emb, 'emb', Scaled(11, 16)), tie_embedding=True),
+        'tied embedding is not a plain nn.Embedding',
+    ),
+    'subclassed network': (own_network, 'network is a OwnNetwork'),
+    **{
+        f'{name} on the head': (after(lambda net, hook=hook: hook(net.to_logits)), 'head has hooks')
+        for name, hook in HOOKS.items()
+    },
 }
+
+# the same, but x-transformers' own loss cannot be had of them
+NO_LOSS: dict[str, tuple[Callable[[], TransformerWrapper], str]] = {
+    'use_cls_token': (lambda: decoder(use_cls_token=True), 'cls_token'),
+    'average_pool_embed': (lambda: decoder(average_pool_embed=True), 'average_pool_embed'),
+    'return_only_embed': (lambda: decoder(return_only_embed=True), 'NoneType'),
+    'not x-transformers': (lambda: Stub(torch.zeros(3, 9, 11)), 'network is a Stub'),
+}
+
+# arguments of calls that are not fused: those that leave a loss as upstream's, those that do not in every release
+WITH_LOSS: dict[str, Any] = {'return_outputs': True, 'return_logit_entropies': True, 'to_logits_kwargs': {}}
+WITHOUT_LOSS = ['return_logits_and_embeddings', 'excise_prepend_embeds', 'return_embeddings', 'head_temperature']
+TAKE_LOGITS = {name: (make, {}, reason) for name, (make, reason) in LOGITS.items()}
+TAKE_LOGITS |= {name: (decoder, {name: value}, name) for name, value in WITH_LOSS.items()}
+ARE_REFUSED = {name: (make, {}, reason) for name, (make, reason) in NO_LOSS.items()}
+ARE_REFUSED |= {name: (decoder, {name: True}, name) for name in WITHOUT_LOSS}
 
 
 def built(make: Callable[[], TransformerWrapper]) -> TransformerWrapper:
@@ -194,18 +187,18 @@ def test_what_is_fused(name: str, fusings: list[tuple[Any, ...]]) -> None:
     assert len(fusings) == 3
 
 
-@pytest.mark.parametrize('name', LOGITS)
+@pytest.mark.parametrize('name', TAKE_LOGITS)
 def test_what_takes_the_logits_path(name: str, fusings: list[tuple[Any, ...]]) -> None:
-    make, call, reason = LOGITS[name]
+    make, call, reason = TAKE_LOGITS[name]
     assert_like_upstream(make, call, fused='auto')
     assert not fusings
     with pytest.raises(ValueError, match=rf'^fused=True, but .*{reason}'):
         AutoregressiveWrapper(built(make), fused=True)(X, **call)
 
 
-@pytest.mark.parametrize('name', NO_LOSS)
+@pytest.mark.parametrize('name', ARE_REFUSED)
 def test_what_is_not_fused_either(name: str) -> None:
-    make, call, reason = NO_LOSS[name]
+    make, call, reason = ARE_REFUSED[name]
     net = built(make)
     with pytest.raises(ValueError, match=rf'^fused=True, but .*{reason}'):
         AutoregressiveWrapper(net, fused=True)(X, **call)
@@ -239,9 +232,8 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 modules = nn.modules.module
 FOR_ALL: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     'forward hook': lambda _: modules.register_module_forward_hook(doubled_heads),
-    'forward hook, called always': lambda _: modules.register_module_forward_hook(doubled_heads, always_call=True),
-    'forward hook with keywords': lambda _: modules.register_module_forward_hook(
-        lambda m, args, kwargs, out: doubled_heads(m, args, out), with_kwargs=True
+    'forward hook with keywords, called always': lambda _: modules.register_module_forward_hook(
+        lambda m, args, kwargs, out: doubled_heads(m, args, out), with_kwargs=True, always_call=True
     ),
     'forward pre-hook': lambda _: modules.register_module_forward_pre_hook(
         lambda m, args: (args[0] * 2,) if is_head(m) else None
@@ -253,9 +245,6 @@ FOR_ALL: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
         lambda m, given: (given[0] * 2,) if is_head(m) else None
     ),
     'forward of nn.Linear': lambda patch: patch.setattr(nn.Linear, 'forward', wrapped(nn.Linear.forward)),
-    'partial forward of nn.Linear': lambda patch: patch.setattr(
-        nn.Linear, 'forward', functools.partialmethod(wrapped(nn.Linear.forward))
-    ),
     'forward of the network': lambda patch: patch.setattr(
         TransformerWrapper, 'forward', wrapped(TransformerWrapper.forward)
     ),
@@ -301,13 +290,11 @@ def test_a_copied_network_with_a_tied_head_reads_its_own_embedding(
     with torch.no_grad():
         (original if changed == 'original' else clone).token_emb.emb.weight.mul_(2)
         fresh.token_emb.emb.weight.mul_(2 if changed == 'copy' else 1)
-    want = x_transformers.AutoregressiveWrapper(fresh)(X)
     for fused in (True, False):
-        ours = AutoregressiveWrapper(clone, fused=fused)
-        got = ours(X)
+        ours, theirs = AutoregressiveWrapper(clone, fused=fused), x_transformers.AutoregressiveWrapper(fresh)
+        got, want = ours(X), theirs(X)
         assert got.item() == pytest.approx(want.item(), rel=1e-5)
-        theirs = x_transformers.AutoregressiveWrapper(fresh)
-        assert_same_gradients(gradients(got, ours), gradients(theirs(X), theirs), 1e-5)
+        assert_same_gradients(gradients(got, ours), gradients(want, theirs), 1e-5)
     assert len(fusings) == 1
 
 

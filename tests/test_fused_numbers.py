@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_problem import assert_near
+from fused_problem import assert_near, use_loop
 from networks import Stub, assert_same_gradients, decoder, gradients
 from torch import Tensor
 
 from xtloss import AutoregressiveWrapper, linear_cross_entropy
-from xtloss.losses import chunked
 from xtloss.losses.cross_entropy import composite_cross_entropy, cross_entropy, softplus
 
 MARGINS = (-700.0, -80.0, -21.0, -1.0, -0.0, 0.0, 1e-3, 1.0, 19.0, 20.5, 21.0, 30.0, 80.0, 700.0)
@@ -62,8 +61,7 @@ def fused(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def on_an_accelerator(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, 'is_accelerated', lambda embed: True)
-        patch.setattr(chunked, 'compiled', lambda function: function)
+        use_loop(patch, 'accelerator')
         return fused(logits, target)
 
 
