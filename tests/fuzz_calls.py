@@ -1,38 +1,23 @@
-"""Random calls of the three wrappers, some of them spoilt, for `tests/fuzz.py`."""
+"""Random calls of the three wrappers, for `tests/fuzz.py`."""
 
 import random
 from typing import Any, NamedTuple
 
 import torch
-import wrong_things as wrong
 from batches import random_batch
 from torch import Tensor
 
 V, D, WIDTH, SEGMENT, DTYPE = 11, 3, 16, 3, torch.float64
 WEIGHTINGS = ['token', 'sequence', 'square', 'padded', 'sequence_sum', 0.25]
 TELLING = ('lens', 'mask', 'seq_start_pos')
-OPTIONS = {
-    'loss_weighting': wrong.WEIGHTING,
-    'equal_loss_weight_batch': wrong.FLAG,
-    'fused': wrong.FUSED,
-    'unpad': wrong.FLAG,
-    'trust_segments': wrong.FLAG,
-}
-NUMBERS = {
-    'normalizer': wrong.NORMALIZER,
-    'rollout_steps': wrong.CHUNK_SIZE,
-    **dict.fromkeys(('return_breakdown', 'return_outputs', 'dropout_mems'), wrong.GIVEN_FLAG),
-}
-KIND_OF = {'mask': 'bool', 'loss_mask': 'bool', 'loss_weight': 'floating point', 'prepend_embeds': 'floating point'}
 
 
 class Call(NamedTuple):
-    """What is called how. `bad`: the arguments or options that are spoilt, and what each must raise."""
+    """What is called how."""
 
     kind: str  # of wrapper: 'ar', 'xl' or 'continuous'
     options: dict[str, Any]
     arguments: dict[str, Any]
-    bad: dict[str, type[Exception]]
     prefix: Tensor | None = None  # (b, m), of which 'xl' has memories
 
     @property
@@ -89,36 +74,13 @@ def random_arguments(draw: random.Random, kind: str) -> dict[str, Any]:
     return call | {name: True for name, p in given.items() if often(p)}
 
 
-def spoil(draw: random.Random, name: str, value: Any) -> tuple[Any, type[Exception]]:
-    """Return a wrong value for an argument, or for an option, and the error that it must raise."""
-    if name in OPTIONS or name in NUMBERS:
-        row = draw.choice((OPTIONS | NUMBERS)[name])
-        return row.value, row.error
-    kind = 'floating point' if name == 'x' and value.is_floating_point() else KIND_OF.get(name, 'integer')
-    legal = wrong.KINDS[kind]
-    things = [(draw.choice(wrong.NOTHING_LIKE_IT + wrong.NUMBERS + wrong.FLAGS), TypeError)]
-    things += [(value.to(draw.choice([dtype for dtype in wrong.ALL_DTYPES if dtype not in legal])), TypeError)]
-    things += [(value.to(legal[0]).to_sparse(), TypeError), (value[None, None], ValueError)]
-    if name != 'x':  # which the others must be like
-        longer = torch.cat([value.new_zeros(1, *value.shape[1:]), value])
-        things += [(longer, ValueError), (value.to('meta'), ValueError)]
-    return draw.choice(things)
-
-
 def random_call(draw: random.Random) -> Call:
     torch.manual_seed(draw.getrandbits(32))
     kind = draw.choice(['ar', 'xl', 'continuous'])
     arguments, prefix = random_arguments(draw, kind), None
     if kind == 'xl' and len(arguments['x']) and draw.random() < 0.2:
         prefix = torch.randint(0, V, (len(arguments['x']), draw.randint(1, SEGMENT)))
-    call = Call(kind, random_options(draw, kind), arguments, {}, prefix)
-    if draw.random() < 0.2:
-        of_options = draw.random() < 0.2
-        where = call.options if of_options else call.arguments
-        names = [name for name in where if name in OPTIONS or not of_options]
-        for name in draw.sample(names, min(len(names), draw.choice([1, 1, 2]))):
-            where[name], call.bad[name] = spoil(draw, name, where[name])
-    return call
+    return Call(kind, random_options(draw, kind), arguments, prefix)
 
 
 def refused(call: Call) -> set[str]:

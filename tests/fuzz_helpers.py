@@ -1,31 +1,15 @@
-"""Random calls of the functions beside the wrappers, against loops: what `tests/fuzz.py` is for the wrappers.
-
-What they refuse is in `bad_cases.py`.
-"""
+"""Random sequences packed and collated, against loops. What is refused is in `bad_cases.py`."""
 
 import random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from wrong_things import KINDS
 
-from xtloss import collate, linear_cross_entropy, pack, unpack
+from xtloss import collate, pack, unpack
 
 INTEGERS, FLOATS = KINDS['integer'], KINDS['floating point']
-
-
-def try_one(seed: int) -> str:
-    """Make a call and hold it to the loops; return that it was right, or raise AssertionError."""
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
-    make = draw.choice([packing, collating, head_and_loss])
-    try:
-        make(draw)
-    except Exception as error:
-        raise AssertionError(f'seed {seed}: {error!r} in {make.__name__}') from error
-    return 'right'
 
 
 def random_sequences(draw: random.Random, max_len: int, dtype: torch.dtype, form: str) -> list[Any]:
@@ -107,18 +91,3 @@ def collating(draw: random.Random) -> None:
         else:
             assert batch[key].tolist() == [as_list(s) + [padding] * (n - len(s)) for s in sequences]
             assert batch['lens'].tolist() == [len(s) for s in sequences]
-
-
-def head_and_loss(draw: random.Random) -> None:
-    n, d, v = draw.choice([0, 1, 2, 7]), draw.randint(1, 4), draw.randint(1, 9)
-    shapes = {'embed': (n, d), 'weight': (v, d), 'token_weight': (n,)} | draw.choice([{}, {'bias': (v,)}])
-    tensors: dict[str, Any] = {
-        name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()
-    }
-    target, sizes = torch.randint(0, v, (n,)), draw.choice([{}, {'chunk_size': draw.randint(1, 9)}])
-    loss, token_loss = linear_cross_entropy(**tensors, target=target.to(draw.choice(INTEGERS)), **sizes)
-    nll = F.cross_entropy(F.linear(tensors['embed'], tensors['weight'], tensors.get('bias')), target, reduction='none')
-    want = (tensors['token_weight'] * nll).sum()
-    grads = [torch.autograd.grad(of, list(tensors.values())) for of in (loss, want)]
-    for got, right in ((loss, want), (token_loss, nll), *zip(*grads, strict=True)):
-        assert torch.allclose(got, right, rtol=1e-9, atol=1e-9)

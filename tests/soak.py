@@ -1,4 +1,4 @@
-"""Random calls of all that is public, right by the oracle or refused by name, and no growth in memory.
+"""Random calls of the three wrappers, right by the oracle or refused by name, and no growth in memory.
 
 By hand, ``python tests/soak.py --calls 500000``; a short form of it is in `tests/test_laws.py`.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import fuzz
-import fuzz_helpers
 import torch
 from torch import Tensor
 
@@ -21,8 +20,8 @@ MEBIBYTES, TENSORS = 32.0, 5  # what may come to be after that; an allocator may
 
 
 def outcomes(seeds: Iterable[int]) -> Counter[str]:
-    """How many calls were right, and how many refused; every fourth is of a function beside the wrappers."""
-    return Counter((fuzz_helpers if seed % 4 == 3 else fuzz).try_one(seed) for seed in seeds)
+    """How many calls were right, and how many refused."""
+    return Counter(fuzz.try_one(seed) for seed in seeds)
 
 
 def resident() -> float:

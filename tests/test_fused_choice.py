@@ -233,7 +233,7 @@ modules = nn.modules.module
 FOR_ALL: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
     'forward hook': lambda _: modules.register_module_forward_hook(doubled_heads),
     'forward hook with keywords, called always': lambda _: modules.register_module_forward_hook(
-        lambda m, args, kwargs, out: doubled_heads(m, args, out), with_kwargs=True, always_call=True
+        lambda m, args, kwargs, out=None: doubled_heads(m, args, out), with_kwargs=True, always_call=True
     ),
     'forward pre-hook': lambda _: modules.register_module_forward_pre_hook(
         lambda m, args: (args[0] * 2,) if is_head(m) else None
