@@ -100,8 +100,6 @@ def test_unpad_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     seen = []
     monkeypatch.setattr(bench_unpad, 'timed', lambda net, step: (seen.append(step().item()), 1.0 + len(seen) % 2))
     bench_unpad.compare(config)
-    assert [line.split() for line in capsys.readouterr().out.splitlines()[3:]] == [
-        ['16', 'yes', '0.50', '0.50'],
-        ['16', 'no', '0.50', '0.50'],
-    ]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert printed == [['16', 'yes', '0.50', '0.50'], ['16', 'no', '0.50', '0.50']]
     assert seen[0::2] == pytest.approx(seen[1::2])  # the loss is the same

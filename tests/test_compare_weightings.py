@@ -98,13 +98,11 @@ def test_no_title_is_on_both_sides():
 def test_the_code_alone_is_learned():
     answer, line = Answer('Köln'.encode() + END + b'de'), b'prose\0 of a kind'
     batch = to_batch([answer, line])
-    assert batch['loss_mask'][0].nonzero().flatten().tolist() == [6, 7]
     assert bytes(batch['x'][0][batch['loss_mask'][0]].tolist()) == b'de'
     assert batch['loss_mask'][1].tolist() == [True] * len(line)
     assert 'loss_mask' not in to_batch([line])
     packed = to_batch([answer, line], 'packed', 32)
-    assert packed['loss_mask'].sum() == 2 + len(line)
-    assert packed['loss_mask'].shape == packed['x'].shape
+    assert bytes(packed['x'][packed['loss_mask']].tolist()) == line + b'de'
 
 
 def test_kinds_are_drawn_one_to_one():
@@ -225,11 +223,9 @@ def test_an_interrupted_run_goes_on(monkeypatch, options, interrupted, end):
     assert stopped.value.code == 130
     assert compare(f'{options} cut', 'cut')['reports'] == whole['reports']
     assert taken == [*range(1, interrupted + 1), *range(interrupted, end + 1)]  # from the checkpoint just before
-    of_whole, of_cut = (
-        [(record.get('train_loss'), record.get('learning_rate')) for record in metrics(f'{name}-token-0')]
-        for name in ('whole', 'cut')
-    )
-    assert of_cut == of_whole
+    for name in ('train_loss', 'learning_rate'):
+        of_whole, of_cut = ([record.get(name) for record in metrics(f'{run}-token-0')] for run in ('whole', 'cut'))
+        assert of_cut == of_whole
 
 
 # learning rates, flatness, sums
@@ -253,13 +249,9 @@ def test_what_a_rate_is_chosen_by():
     assert list(aims('square', found).values()) == [3.0, 1.0]
     both = [Row('answers', 1, 2, 5.0, 5.0, 0.5), Row('prose', 1, 2, 4.0, 4.0), *found]
     assert aims('sequence', both) == {'answers': 5.0, 'prose': 4.0}
-    assert aims('sequence', rows(1.0, 2.0, 3.0, right=0.25)) == {'answers': 1.0, 'answers that are right, %': 25.0}
-
-
-def test_the_mean_that_square_optimises():
-    """Of 4 and of 16 targets with 8 bits each: (8/√4 + 8/√16) / (√4 + √16)."""
     [*_, row] = report([SequenceCost(5, 4, 8.0), SequenceCost(17, 16, 8.0)])
-    assert row.over_square == pytest.approx((8 / 2 + 8 / 4) / (2 + 4))
+    assert row.over_square == pytest.approx((8 / 4**0.5 + 8 / 16**0.5) / (4**0.5 + 16**0.5))
+    assert aims('sequence', rows(1.0, 2.0, 3.0, right=0.25)) == {'answers': 1.0, 'answers that are right, %': 25.0}
 
 
 def test_the_grid_goes_on_at_its_edge():
@@ -291,7 +283,7 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
     monkeypatch.setattr(train_enwik8, 'train', train)
     options = '--weightings token sequence --learning-rates 1e-3 2e-3 4e-3'
     results = compare(options)
-    out = capsys.readouterr().out
+    assert 'diverged' in capsys.readouterr().out
     assert [rate for weighting, rate, seed in trained if weighting == 'sequence' and seed == 100] == [
         1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
     ]  # fmt: skip
@@ -299,11 +291,6 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
     assert [run for run in trained if run[2] < 2] == [  # at own rates, then at the shared one what is not there
         ('token', 2e-3, 0), ('token', 2e-3, 1), *(('sequence', rate, seed) for rate in (16e-3, 2e-3) for seed in (0, 1))
     ]  # fmt: skip
-    assert 'diverged' in out
-    assert '12 steps in 6 s, 0.500 s each' in out
-    assert {path.name for path in Path('runs', 'compare-lines').iterdir()} == {
-        'comparison.png', 'comparison_at_own_rates.png', 'rates.png', 'results.json'
-    }  # fmt: skip
     assert results['at_own_rates']['measured'][OVER_TOKENS]['sequence'] == [1.0, 1.001]
     assert results['measured'][OVER_TOKENS]['sequence'] == pytest.approx([4.0, 4.001])
     trained.clear()
@@ -379,7 +366,6 @@ def test_what_changed_over_questions_by_hand(monkeypatch):
 def test_sums_are_right_and_on_one_side():
     split, letters, lengths = split_sums(b'', 257), b'abcdefghijklm', Counter()
     trained = [split[0][index] for index in range(2400)]
-    assert trained[:50] == [split[0][index] for index in range(50)]
     for sequence in (*trained, *split[1]):
         question, _, answer = sequence.partition(END)
         d = len(question) // 3

@@ -73,25 +73,19 @@ def test_reads_raw_gz_and_zip(folder, name):
 
 
 @pytest.mark.parametrize('name', ['text.gz', 'text.zip'])
-@pytest.mark.parametrize(
-    'damage',
-    [
-        lambda data: data[:-1],
-        lambda data: data[: len(data) // 2] + bytes(8) + data[len(data) // 2 + 8 :],
-        lambda data: b'no archive at all',
-    ],
-    ids=['last byte missing', 'overwritten', 'other format'],
-)
+@pytest.mark.parametrize('damage', ['last byte missing', 'overwritten', 'other format'])
 @pytest.mark.parametrize('max_bytes', [None, 10])
 def test_damaged_archives_are_refused(folder, name, damage, max_bytes):
-    (folder / name).write_bytes(damage(ENCODERS[name](TEXT)))
+    data = ENCODERS[name](TEXT)
+    middle = len(data) // 2
+    damaged = {'last byte missing': data[:-1], 'overwritten': data[:middle] + bytes(8) + data[middle + 8 :]}
+    (folder / name).write_bytes(damaged.get(damage, b'no archive at all'))
     with pytest.raises(DataError, match=rf'^{re.escape(name)} is truncated or corrupt: .'):
         read_text(name, max_bytes)
 
 
 def test_the_builtin_text_has_every_topic():
     text = read_text('builtin').decode()
-    assert len(text) > 100_000
     assert text.count('<page>\n') >= len(topics)
     assert all(topic.strip() in text for topic in topics.values())
     assert read_text('builtin', max_bytes=7) == text[:7].encode()
@@ -191,9 +185,7 @@ def test_windows_are_all_crops_of_one_length():
     assert train.text.endswith(b'\n')
     assert 0.9 < len(train.text) / len(TEXT) < 0.96
     assert train[5] == TEXT[5:38]
-    assert {len(window) for window in [*(train[i] for i in range(len(train))), *held_out]} == {33}
-    with pytest.raises(IndexError):
-        train[len(train)]
+    assert {len(window) for window in [*train, *held_out]} == {33}
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -265,12 +257,10 @@ def test_the_report_of_unfinished_cut_and_same_named_runs(folder, capsys):
     assert (folder / 'new' / 'both.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize(
-    'metrics', ['', '{"step": 1, "train_loss": 2.0}\n', '{"bits_per_byte": [{"other": 1}]}\n', '3']
-)
-def test_a_run_without_a_report_is_refused(folder, metrics):
+@pytest.mark.parametrize('end', ['', '{"step": 1}\n', '{"bits_per_byte": [{"other": 1}]}\n', '3'])
+def test_a_run_without_a_report_is_refused(folder, end):
     with pytest.raises(UsageError, match='holds no report'):
-        enwik8_report.main((write_run(folder / 'run', end=metrics),), folder / 'a.png')
+        enwik8_report.main((write_run(folder / 'run', end=end),), folder / 'a.png')
 
 
 # the options
@@ -280,7 +270,6 @@ def test_presets_fill_in_what_is_left_out():
     tiny, base = (resolve(Config(depth=5), torch.device(device)) for device in ('cpu', 'cuda'))
     assert (tiny.preset, tiny.dim, tiny.depth, tiny.orthog_values) == ('tiny', 128, 5, False)
     assert (base.preset, base.dim, base.depth, base.seq_len, base.grad_accum) == ('base', 512, 5, 1024, 4)
-    assert resolve(Config(preset='base'), torch.device('cpu')).depth == 6
     assert PRESETS['tiny'].keys() == PRESETS['base'].keys()
 
 
@@ -315,7 +304,6 @@ def test_three_steps(folder, capsys, kind):
     assert config['data'] == 'text.gz'
     assert Config(**config) == resolve(Config(**config), torch.device('cpu'))
     out = capsys.readouterr().out
-    assert out.count(' >>> ') == 3
     rows = [enwik8_report.Row(**row) for row in records[-1]['bits_per_byte']]
     assert enwik8_report.table(rows) in out
     assert 4 < rows[-1].over_tokens < 10  # 8 bits before training
@@ -361,11 +349,11 @@ def test_every_layout_trains_the_same():
 def test_two_processes_train_like_one(folder, batch):
     """The same global batches; of a batch of one sequence, the second process gets none."""
     options = [*TINY, *batch.split(), *'--data builtin --steps 20 --held-out 4 --equal-loss-weight-batch'.split()]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
     def trained(name: str, processes: int) -> list[float]:
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
         command += [train_enwik8.__file__, *options, '--name', name]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
         assert done.returncode == 0, done.stderr
         assert f' x {processes}\n' in done.stdout

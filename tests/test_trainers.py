@@ -48,12 +48,10 @@ class Module(lightning.LightningModule):
     """The wrapper in a module, its gradients left in `folder` before the optimizer's step."""
 
     def __init__(self, folder: str) -> None:
-        """As a user's would, but for the folder."""
         super().__init__()
         self.wrapper, self.folder = make_wrapper('sequence'), folder
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches as they are."""
         return DataLoader(micro_batches(self.trainer.world_size, self.global_rank), batch_size=None)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -65,11 +63,9 @@ class Module(lightning.LightningModule):
         return self.wrapper(**batch, normalizer=self.normalizer / self.trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """After the last micro-batch."""
         torch.save(gradients(self.wrapper), f'{self.folder}/{self.global_rank}.pt')
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Any would do."""
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
