@@ -32,7 +32,7 @@ EXAMPLES = Path(__file__).parents[1] / 'examples'
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / 'benchmarks')]  # as the examples find their parts
 
 # what a fault should be met in first, nearest to where it is
-NEAREST = 'checks weighting gaussian packing fused_numbers fused auxiliary unpad laws'.split()
+NEAREST = 'checks weighting packing fused_numbers fused auxiliary unpad laws'.split()
 LEFT_OUT = pytest.StashKey[int]()
 
 
