@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtloss import AutoregressiveWrapper
+from xtloss.losses.cross_entropy import cross_entropy
 from xtloss.losses.linear_cross_entropy import default_chunk_size
 
 
@@ -102,8 +103,17 @@ def test_logits_are_written_by_columns_of_whole_cache_lines(dtype: torch.dtype) 
         assert along * dtype.itemsize % 64 == logits.data_ptr() % 64 == 0
 
 
+def test_logits_are_read_in_quarters() -> None:
+    """Forward and backward, so that what is made beside them is no larger than one."""
+    logits, target = torch.randn(99, 7, requires_grad=True), torch.randint(0, 7, (99,))
+    with Operations(7) as seen:
+        cross_entropy(logits, target, torch.ones(99).bool()).sum().backward()
+    assert seen.names['exp_'] == 4 + 4
+
+
 @example(n=4096, v=33_554, d=512, dtype=torch.float32, accelerated=False)  # 500 rows fit, 512 do not
 @example(n=4096, v=1_000_000, d=8, dtype=torch.float32, accelerated=False)  # one block is too much
+@example(n=4096, v=60_000, d=1024, dtype=torch.float32, accelerated=True)  # the gradient is larger than 64 MiB
 @given(
     st.integers(0, 20_000),
     st.integers(1, 60_000),
