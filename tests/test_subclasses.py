@@ -122,9 +122,12 @@ def test_signatures_show_what_upstream_takes_and_what_we_do(kind: str) -> None:
 
 
 FOREIGN: dict[str, Any] = {
-    'rollout_steps': 3, 'return_outputs': True, 'dropout_mems': False, 'ttt_recurrent_steps': 1,
-    'lenss': torch.ones(3), 'los_mask': torch.ones(3),
-}  # fmt: skip
+    'rollout_steps': 3,
+    'return_outputs': True,
+    'dropout_mems': False,
+    'ttt_recurrent_steps': 1,
+    'lenss': torch.ones(3),
+}
 
 
 @kinds
