@@ -134,20 +134,16 @@ def test_nan_outputs_where_nothing_counts() -> None:
 
 
 def test_what_the_network_gets() -> None:
-    stub = Stub(torch.zeros(B, N - 1, D))
-    wrapper, x = ContinuousAutoregressiveWrapper(stub), frames()
-    wrapper(x, loss_mask=REAL)
-    wrapper(x, lens=LENS)
-    wrapper(x, mask=REAL, sum_embeds=None)
-    (plain, nothing), (by_lens, lens_mask), (by_mask, mask) = stub.seen
-    assert torch.equal(plain, x[:, :-1])
-    assert not nothing
-    assert torch.equal(by_lens, by_mask)
-    assert not by_lens[~REAL[:, :-1]].any()
-    assert torch.equal(lens_mask['mask'], REAL[:, :-1])
-    assert torch.equal(mask['mask'], REAL[:, :-1])
-    assert 'sum_embeds' not in mask
-    wrapper(x[:, :1], lens=LENS)  # networks are not made to read nothing
+    """Inputs, 0 where they are padding, and what hides it; a row of one frame is read, as networks cannot read none."""
+    stub, x = Stub(torch.zeros(B, N - 1, D)), frames()
+    for call in ({'loss_mask': REAL}, {'lens': LENS}, {'mask': REAL, 'sum_embeds': None}):
+        ContinuousAutoregressiveWrapper(stub)(x, **call)
+        read, told = stub.seen[-1]
+        padding = ~REAL[:, :-1, None] & ('loss_mask' not in call)
+        assert torch.equal(read, x[:, :-1].masked_fill(padding, 0))
+        assert bool(told) == ('mask' in told) == ('loss_mask' not in call)
+        assert all(torch.equal(mask, REAL[:, :-1]) for mask in told.values())
+    ContinuousAutoregressiveWrapper(stub)(x[:, :1], lens=LENS)
     assert stub.seen[-1][0].shape == (B, 1, D)
 
 
@@ -209,15 +205,12 @@ def test_several_networks_at_once(call: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('steps', [1, 3])
 def test_compiled_whole(whole_graphs: None, steps: int) -> None:
-    found = []
-    for run in (lambda model: torch.compile(model, fullgraph=True, backend='aot_eager'), lambda model: model):
+    model, losses = gaussian(), []
+    for run in (torch.compile(model, fullgraph=True, backend='aot_eager'), model):
         torch.manual_seed(7)
-        model = gaussian()
-        loss = run(model)(frames(), steps, lens=LENS)
-        found.append((loss.item(), gradients(loss, model)))
-    (got, got_gradients), (want, want_gradients) = found
-    assert got == pytest.approx(want, rel=1e-6)
-    assert_same_gradients(got_gradients, want_gradients, 1e-5)
+        losses.append(run(frames(), steps, lens=LENS))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert_same_gradients(*(gradients(loss, model) for loss in losses), 1e-5)
 
 
 def test_small_variances_and_what_is_none() -> None:

@@ -65,9 +65,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     'linear head': {'to_logits': lambda: nn.Linear(DIM, VOCAB)},
 }
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    'plain': ({}, {}, {}),
     'lens': ({}, {}, {'lens': LENS}),
-    'ignored in x': ({}, {}, {'x': ignored()}),
     'ignored and lens': ({}, {}, {'x': ignored(), 'lens': LENS}),
     'pad_value': ({}, {'pad_value': 3}, {'x': ignored(), 'lens': LENS}),
     'pad is a real id': ({}, {'ignore_index': 0, 'pad_value': 0}, {'x': ignored(0)}),
