@@ -117,9 +117,6 @@ def test_gradients_of_adapters(kind: str, targets: list[str]) -> None:
         gradient = whole[f'{path}.weight']
         found, exact = {'A': a.grad, 'B': b.grad}, {'A': scale * b.T @ gradient, 'B': scale * gradient @ a.T}
         assert_same_gradients(found, {name: g.detach() for name, g in exact.items()}, 1e-9)
-    assert {id(p) for p in adapted.parameters() if p.grad is not None} == {
-        id(p) for pair in pairs.values() for p in pair
-    }
 
 
 @kinds

@@ -70,7 +70,6 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     'pad_value': ({}, {'pad_value': 3}, {'x': ignored(), 'lens': LENS}),
     'pad is a real id': ({}, {'ignore_index': 0, 'pad_value': 0}, {'x': ignored(0)}),
     'pad is a real id, lens': ({}, {'ignore_index': 4, 'pad_value': 4}, {'lens': LENS}),
-    'ignored -1': ({}, {'ignore_index': -1}, {'x': ignored(-1)}),
     'prepend_embeds': ({}, {}, {'prepend_embeds': embeds(B, 3, DIM), 'lens': LENS}),
     'prepend_mask': ({}, {}, {'prepend_embeds': embeds(B, 2, DIM), 'prepend_mask': torch.ones(B, 2).bool()}),
     'mask_prob': ({}, {'mask_prob': 0.3}, {'lens': LENS}),

@@ -239,9 +239,7 @@ PER_FRAME: dict[str, Any] = {
     'pos': torch.arange(N),
     'in_attn_cond': torch.zeros(B, N, 16),
     'condition': torch.zeros(B, N, 4),
-    'prepend_embeds': torch.zeros(B, 1, 16),
     'cache': object(),
-    'segment_ids': REAL.long(),
     'loss_mask': REAL,
     'seq_start_pos': N - LENS,
 }
