@@ -19,15 +19,11 @@ def test_looped(weighting: str | float, loops: int, prepended: int) -> None:
     """With a single loop, or prepended embeddings, upstream gives NaN or raises: here the equation holds there too."""
     net = decoder(looped=True, max_looped_steps=loops, layers_pre_and_post_norm=True, dtype=torch.float64)
     slope, threshold, coefficient = 5.0, 0.1, 0.7
-    exits = {
-        'looped_loss_threshold_exit': threshold,
-        'looped_loss_slope': slope,
-        'looped_exit_loss_weight': coefficient,
-    }
+    gate = {'looped_loss_slope': slope, 'looped_loss_threshold_exit': threshold}
     call = random_batch(5, 3, 7, {'ignore', 'lens', 'loss_weight'})
     before = torch.randn(3, prepended, 16, dtype=torch.float64) if prepended else None
 
-    wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, **exits)
+    wrapper = AutoregressiveWrapper(net, loss_weighting=weighting, looped_exit_loss_weight=coefficient, **gate)
     loss, parts = wrapper(**call, prepend_embeds=before, return_breakdown=True)
 
     read = call['x'].masked_fill((call['x'] == -100) | (torch.arange(7) >= call['lens'][:, None]), 0)
@@ -40,9 +36,8 @@ def test_looped(weighting: str | float, loops: int, prepended: int) -> None:
 
     assert loss.item() == pytest.approx(want.loss + exit_loss, rel=1e-9)
     assert parts.auxiliary.item() == pytest.approx(exit_loss, rel=1e-9, abs=1e-12)
-    torch.testing.assert_close(
-        parts.token_loss, torch.tensor(want.token_loss, dtype=torch.float64), rtol=1e-9, atol=1e-9
-    )
+    wanted = torch.tensor(want.token_loss, dtype=torch.float64)
+    torch.testing.assert_close(parts.token_loss, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('weighting', WEIGHTINGS)

@@ -1,19 +1,20 @@
 """rollout_steps > 1: the frames a network predicts from its own predictions enter the equation, row by row."""
 
+import random
 from functools import partial
 from typing import Any
 
 import networks
 import pytest
 import torch
-import torch.nn.functional as F
-from batches import WEIGHTS, random_batch, subsets
-from hypothesis import given
+from batches import WEIGHTS, random_batch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from modes import assert_equation
 from networks import EXACT, WEIGHTINGS, Unreachable, assert_same_gradients, gradients
 from networks import continuous_network as network
 from oracle_rollout import expected_rollout, rolled_out
-from test_continuous import KINDS, Stub, cosine, smooth
+from test_continuous import KINDS, LOSSES, Stub
 from torch import Tensor, nn
 
 from xtloss import ContinuousAutoregressiveWrapper
@@ -80,61 +81,54 @@ NETWORKS: dict[str, dict[str, Any]] = {
     'sinusoidal, memory tokens': EXACT | {'scaled_sinu_pos_emb': True, 'num_memory_tokens': 2},
     'alibi, shifted tokens': EXACT | {'layers_alibi_pos_bias': True, 'layers_shift_tokens': 1, 'layers_depth': 2},
     'relative bias, memory keys': EXACT | {'layers_rel_pos_bias': True, 'layers_attn_num_mem_kv': 2},
+    'context': EXACT | {'layers_cross_attend': True},
+    'condition': EXACT | {'layers_use_adaptive_layernorm': True, 'layers_dim_condition': 4, 'layers_depth': 2},
 }
+OF_ROWS = {'context': (6, 16), 'condition': (4,)}  # what these networks read of each row
 
 
-@given(
-    seed=st.integers(0, 10**6),
-    b=st.integers(1, 4),
-    n=st.integers(1, 9),
-    steps=st.integers(2, 4),
-    options=st.sampled_from(sorted(NETWORKS)),
-    kind=st.sampled_from(sorted(KINDS)),
-    using=subsets(['lens', 'right mask', *WEIGHTS]),
-    weighting=st.sampled_from(WEIGHTINGS),
-    normalizer=st.sampled_from([None, 2.5]),
-)
-def test_the_equation(
-    seed: int,
-    b: int,
-    n: int,
-    steps: int,
-    options: str,
-    kind: str,
-    using: set[str],
-    weighting: str | float,
-    normalizer: float | None,
-) -> None:
-    call = random_batch(seed, b, n, using, features=D)
-    x, loss_weight, padding = call.pop('x').requires_grad_(), call.get('loss_weight'), call.without('loss_weight')
+@pytest.mark.parametrize('name', NETWORKS)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10**6))
+def test_the_equation(name: str, seed: int) -> None:
+    """Values, and the gradients of parameters, of frames and of weights: ℓ · L^-p / Z of each frame predicted."""
+    draw = random.Random(f'{name} {seed}')
+    b, n, steps, kind = draw.randint(1, 4), draw.randint(1, 9), draw.randint(2, 4), draw.choice(sorted(KINDS))
+    weighting, normalizer = draw.choice(WEIGHTINGS), draw.choice([None, 2.5])
+    using = {argument for argument in ('lens', 'right mask', *WEIGHTS) if draw.random() < 0.5}
+    call = random_batch(draw.getrandbits(32), b, n, using, features=D)
+    x, weight, padding = nn.Parameter(call.pop('x')), call.get('loss_weight'), call.without('loss_weight')
     real = torch.ones(b, n, dtype=torch.bool) & padding.get('mask', torch.tensor(True))
     lengths = torch.minimum(real.sum(dim=1), padding.get('lens', torch.tensor(n))).tolist()
+    of_rows = {name: torch.randn(b, *OF_ROWS[name], dtype=torch.float64)} if name in OF_ROWS else {}
 
-    net = network(dtype=torch.float64, probabilistic=kind == 'gaussian', **NETWORKS[options])
+    net = network(dtype=torch.float64, probabilistic=kind == 'gaussian', **NETWORKS[name])
+    for p in net.parameters():  # where a condition would meet zeros
+        nn.init.normal_(p, std=0.3) if not p.any() else None
     torch.manual_seed(seed)
-    rolled = rolled_out(net, x, lengths, steps, loss_weight)
+    rolled, next_number = rolled_out(net, x, lengths, steps, weight, **of_rows), torch.rand(())
     want, want_loss = expected_rollout(rolled, kind, weighting=weighting, normalizer=normalizer)
     wrapper = ContinuousAutoregressiveWrapper(net, **KINDS[kind], loss_weighting=weighting)
-    torch.manual_seed(seed)
-    loss, parts = wrapper(x, steps, loss_weight=loss_weight, normalizer=normalizer, return_breakdown=True, **padding)
+    wrapper.x, felt = x, torch.zeros(b, n, dtype=torch.float64)  # by each weight
+    for row, start in enumerate(rolled.starts):
+        if start:
+            costs = torch.tensor([want.plain_weight[row], want.token_loss[row]], dtype=torch.float64).prod(dim=0)
+            felt[row, start : start + steps] = costs / want.normalizer
 
-    assert loss.item() == pytest.approx(want.loss, rel=1e-9, abs=1e-12)
-    for name in ('weight', 'token_loss'):
-        table = torch.tensor(getattr(want, name), dtype=torch.float64).reshape(b, steps)
-        torch.testing.assert_close(getattr(parts, name), table, rtol=1e-9, atol=1e-12)
-    assert parts.normalizer.item() == pytest.approx(want.normalizer, rel=1e-9)
+    wrapper.loss_weight = None if weight is None else nn.Parameter(weight)
+    call = {'loss_weight': wrapper.loss_weight, 'normalizer': normalizer, **padding, **of_rows}
+    torch.manual_seed(seed)
+    loss, parts = wrapper(x, steps, return_breakdown=True, **call)
+    if n > steps:  # what is drawn depends on shapes alone: data-parallel ranks stay in step
+        assert torch.equal(torch.rand(()), next_number)
+    assert_equation((loss, parts), want)
     if normalizer is None:
         z = wrapper.loss_normalizer(x, rollout_steps=steps, **padding)
         assert z.item() == pytest.approx(want.normalizer, rel=1e-6)
-
-    named = dict(net.named_parameters()) | {'x': x}
-
-    def grads(value: Tensor) -> dict[str, Tensor]:
-        value = value + 0 * x.sum()
-        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-        return {name: g for name, g in zip(named, found, strict=True) if g is not None}
-
-    assert_same_gradients(grads(loss), grads(want_loss), 1e-9, floor=1e-5)
+    wanted = gradients(want_loss + 0 * x.sum(), wrapper)
+    if weight is not None:
+        wanted['loss_weight'] = felt if weight.ndim == 2 else felt.sum(dim=1)
+    assert_same_gradients(gradients(loss, wrapper), wanted, 1e-9, floor=1e-5)
 
 
 class Normal(Times):
@@ -166,105 +160,15 @@ def test_a_probabilistic_network_reads_what_is_drawn(spread: float) -> None:
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
 
 
-def test_arguments_of_a_row_reach_the_network() -> None:
-    context, condition = torch.randn(B, 6, 16, dtype=torch.float64), torch.randn(B, 4, dtype=torch.float64)
-    crossing = network(dtype=torch.float64, layers_cross_attend=True, **EXACT)
-    adaptive = network(
-        dtype=torch.float64, layers_use_adaptive_layernorm=True, layers_dim_condition=4, layers_depth=2, **EXACT
-    )
-    for net, arguments in ((crossing, {'context': context}), (adaptive, {'condition': condition})):
-        for p in net.parameters():  # some start at zero
-            nn.init.normal_(p, std=0.3)
-        torch.manual_seed(7)
-        want, _ = expected_rollout(rolled_out(net, frames(), LENS.tolist(), K, **arguments), 'squared')
-        assert seeded(ContinuousAutoregressiveWrapper(net), frames(), lens=LENS, **arguments).item() == pytest.approx(
-            want.loss, rel=1e-9
-        )
-
-
-def test_every_start_is_as_likely() -> None:
-    """Frame i is i, predicted is 0: the first error is where the prediction begins."""
-    rows = 12_000
-    lens = torch.tensor([9, 3, 4, 7]).repeat(rows // 4)
-    x = torch.arange(9.0).reshape(1, 9, 1).expand(rows, 9, 1)
-    wrapper = ContinuousAutoregressiveWrapper(Times(0.0), use_l1_loss=True)
-    _, parts = wrapper(x, K, lens=lens, return_breakdown=True)
-    first = parts.token_loss[:, 0].long()
-    for length in (9, 4, 7):
-        places = length - K  # 1 … length - k
-        counts = first[lens == length].bincount(minlength=9).tolist()
-        expected = rows / 4 / places
-        assert sum(counts[1 : 1 + places]) == rows / 4
-        assert all(abs(count - expected) < 5 * expected**0.5 for count in counts[1 : 1 + places])
-    assert not first[lens == 3].any()
-
-
-@pytest.mark.parametrize('call', [{}, {'lens': LENS}, {'mask': REAL}], ids=lambda call: next(iter(call), 'nothing'))
-def test_what_is_drawn_depends_on_shapes_alone(call: dict[str, Any]) -> None:
-    """One number a row, then the noise of each step: data-parallel ranks and steps stay in step."""
-    seeded(ContinuousAutoregressiveWrapper(network(probabilistic=True)), frames(dtype=torch.float32), **call)
-    got = torch.rand(3)
-    torch.manual_seed(7)
-    torch.rand(B)
-    for _ in range(K):
-        torch.randn(B, 1, D)
-    assert torch.equal(got, torch.rand(3))
-
-
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-@pytest.mark.parametrize('probabilistic', [False, True])
-def test_one_loss_however_it_is_padded(weighting: str | float, probabilistic: bool) -> None:
-    net = network(dtype=torch.float64, probabilistic=probabilistic, **EXACT)
-    wrapper = ContinuousAutoregressiveWrapper(net, loss_weighting=weighting)
-    x, shares = frames(), torch.rand(B, N, dtype=torch.float64)
-    want = seeded(wrapper, x, lens=LENS, loss_weight=shares)
-    want_grads = gradients(want, wrapper)
-    wider = {'x': F.pad(x, (0, 0, 0, 4), value=NAN), 'lens': LENS, 'loss_weight': F.pad(shares, (0, 4), value=NAN)}
-    for call in ({'x': x, 'mask': REAL, 'loss_weight': shares}, wider):  # also 'padded', whose Z is b · k
-        got = seeded(wrapper, **call)
-        assert got.item() == pytest.approx(want.item(), rel=1e-9)
-        assert_same_gradients(gradients(got, wrapper), want_grads, 1e-9, floor=1e-5)
-
-
-@pytest.mark.parametrize('shape', [(B,), (B, N)])
-def test_a_loss_weight_gets_its_gradient(shape: tuple[int, ...]) -> None:
-    """ℓ / Z of each frame predicted."""
-    weight = torch.rand(shape, dtype=torch.float64, requires_grad=True)
-    wrapper = ContinuousAutoregressiveWrapper(network(dtype=torch.float64))
-    loss, parts = seeded(wrapper, frames(), lens=LENS, loss_weight=weight, return_breakdown=True)
-    (grad,) = torch.autograd.grad(loss, weight)
-    torch.manual_seed(7)
-    starts, want = rolled_out(wrapper.net, frames(), LENS.tolist(), K).starts, torch.zeros(B, N, dtype=torch.float64)
-    for row, start in enumerate(starts):
-        if start:
-            want[row, start : start + K] = parts.token_loss[row] / parts.normalizer
-    torch.testing.assert_close(grad, want if len(shape) == 2 else want.sum(dim=1), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
-def test_micro_batches_add_up(weighting: str | float) -> None:
-    """Rows of k + 1 frames start at one place, so nothing depends on the draw."""
-    wrapper = ContinuousAutoregressiveWrapper(network(dtype=torch.float64, **EXACT), loss_weighting=weighting)
-    x, lens = frames(), torch.tensor([K + 1, K + 1, K, K + 1])
-    want = wrapper(x, K, lens=lens)
-    parts = [{'x': x[i : i + 2], 'lens': lens[i : i + 2], 'rollout_steps': K} for i in (0, 2)]
-    z = sum(wrapper.loss_normalizer(**part) for part in parts)
-    got = sum(wrapper(**part, normalizer=z) for part in parts)
-    assert got.item() == pytest.approx(want.item(), rel=1e-9)
-    assert_same_gradients(gradients(got, wrapper), gradients(want, wrapper), 1e-9)
-
-
 @pytest.mark.parametrize('junk', [NAN, torch.inf, 1e30])
 @pytest.mark.parametrize('options', [{}, {'probabilistic': True}, {'layers_attn_flash': True}])
 def test_what_is_not_read_and_no_target_reaches_nothing(options: dict[str, Any], junk: float) -> None:
     """Padding, rows too short, and the frames after the last one predicted."""
-    net = network(**options)
-    wrapper = ContinuousAutoregressiveWrapper(net)
-    x = frames(dtype=torch.float32)
+    wrapper = ContinuousAutoregressiveWrapper(network(**options))
+    x, weight = frames(dtype=torch.float32), torch.rand(B, N)
     torch.manual_seed(7)
-    starts = rolled_out(net, x, LENS.tolist(), K).starts
-    needed = torch.arange(N) < torch.tensor([start + K if start else 0 for start in starts])[:, None]
-    weight = torch.rand(B, N)
+    starts = torch.tensor(rolled_out(wrapper.net, x, LENS.tolist(), K).starts)[:, None]
+    needed = (torch.arange(N) < starts + K) & (starts > 0)
     want = seeded(wrapper, x, lens=LENS, loss_weight=weight)
     y = x.masked_fill(~needed[..., None], junk).requires_grad_()
     got = seeded(wrapper, y, lens=LENS, loss_weight=weight.masked_fill(~needed, junk))
@@ -274,6 +178,7 @@ def test_what_is_not_read_and_no_target_reaches_nothing(options: dict[str, Any],
     (grad,) = torch.autograd.grad(seeded(wrapper, y, lens=LENS), y)
     assert grad.isfinite().all()
     assert not grad[~needed].any()
+    assert seeded(wrapper, x.masked_fill(needed[..., None], NAN), lens=LENS).isnan()
 
 
 class Growing(Times):
@@ -290,13 +195,6 @@ def test_predictions_of_a_row_too_short_are_not_fed_back() -> None:
     loss.backward()
     assert loss.item() == 0
     assert net.factor.grad.item() == 0
-
-
-def test_what_is_broken_where_it_counts_is_seen() -> None:
-    wrapper = ContinuousAutoregressiveWrapper(network())
-    x = frames(dtype=torch.float32)
-    x[0] = NAN
-    assert wrapper(x, K, lens=LENS).isnan()
 
 
 @pytest.mark.parametrize('probabilistic', [False, True])
@@ -323,30 +221,14 @@ def test_more_steps_than_frames_or_positions() -> None:
     assert wrapper(x, 32).item() > 0
 
 
-@pytest.mark.parametrize('loss_fn', [smooth, cosine])
+@pytest.mark.parametrize('loss_fn', LOSSES.values(), ids=list(LOSSES))
 def test_losses_of_ones_own(loss_fn: Any) -> None:
     net = network(dtype=torch.float64, **EXACT)
     torch.manual_seed(7)
-    rolled = rolled_out(net, frames(), LENS.tolist(), K)
-    costs = loss_fn(rolled.out, rolled.frames[:, 1:])
-    costs = costs.mean(dim=-1) if costs.ndim == 3 else costs
-    got = seeded(ContinuousAutoregressiveWrapper(net, loss_fn), frames(), lens=LENS)
-    assert got.item() == pytest.approx(costs[LENS > K].mean().item(), rel=1e-9)
-
-
-def test_a_loss_that_reduces() -> None:
-    net = network(dtype=torch.float64)
-    ours, reduced = (ContinuousAutoregressiveWrapper(net, loss_fn) for loss_fn in (None, nn.MSELoss()))
-    assert seeded(reduced, frames()).item() == pytest.approx(seeded(ours, frames()).item(), rel=1e-9)
-    for call in ({'lens': LENS}, {'mask': REAL}, {'loss_weight': torch.ones(B)}, {'return_breakdown': True}):
-        with pytest.raises(ValueError, match=r'^loss_fn must return \(4, 3, 5\) or \(4, 3\) where .*, got \(\)$'):
-            reduced(frames(), K, **call)
-    one = ContinuousAutoregressiveWrapper(net, lambda pred, target: (1 + pred - target).square().mean())
-    for x in (frames(n=K), frames(n=1), frames()[:0]):
-        loss = one(x, K)
-        loss.backward()
-        assert loss.item() == 0
-        assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
+    rolled = rolled_out(net, frames(), [N] * B, K)
+    want = loss_fn(rolled.out, rolled.frames[:, 1:]).mean()
+    got = seeded(ContinuousAutoregressiveWrapper(net, loss_fn), frames())
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
 
 
 PER_FRAME: dict[str, Any] = {
@@ -357,9 +239,7 @@ PER_FRAME: dict[str, Any] = {
     'pos': torch.arange(N),
     'in_attn_cond': torch.zeros(B, N, 16),
     'condition': torch.zeros(B, N, 4),
-    'prepend_embeds': torch.zeros(B, 1, 16),
     'cache': object(),
-    'segment_ids': REAL.long(),
     'loss_mask': REAL,
     'seq_start_pos': N - LENS,
 }
@@ -375,27 +255,6 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize('width', [1, D + 1])
 def test_other_features_than_those_it_reads(width: int) -> None:
-    wrapper = ContinuousAutoregressiveWrapper(Stub(torch.zeros(B, N, width)), cosine)
+    wrapper = ContinuousAutoregressiveWrapper(Stub(torch.zeros(B, N, width)), LOSSES['a number a frame'])
     with pytest.raises(ValueError, match=f'^net must predict the 5 features that it reads, got {width}$'):
         wrapper(frames(), K)
-
-
-@pytest.mark.slow
-def test_compiled() -> None:
-    wrapper = ContinuousAutoregressiveWrapper(Times())
-    x = frames(dtype=torch.float32)
-    want = seeded(wrapper, x, lens=LENS)
-    want_grads = gradients(want, wrapper)
-    got = seeded(torch.compile(wrapper, backend='aot_eager', fullgraph=True), x, lens=LENS)
-    assert got.item() == pytest.approx(want.item(), rel=1e-6)
-    assert_same_gradients(gradients(got, wrapper), want_grads, 1e-6)
-
-
-def test_a_stub_of_fixed_answers_is_read_where_the_row_ends() -> None:
-    out = torch.arange(8.0).reshape(1, 8, 1)
-    x = torch.zeros(1, 9, 1)
-    wrapper = ContinuousAutoregressiveWrapper(Stub(out), use_l1_loss=True)
-    torch.manual_seed(7)
-    first = 1 + int(torch.rand(1).item() * (9 - K))
-    _, parts = seeded(wrapper, x, return_breakdown=True)
-    assert parts.token_loss.tolist() == [[first - 1.0, first, first + 1.0]]

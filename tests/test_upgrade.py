@@ -1,6 +1,5 @@
 """upgrade_: the wrappers inside a model become ours, and nothing else about the model changes."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import x_transformers
-from networks import assert_same_gradients, continuous_network, decoder, frames, gradients
+from networks import continuous_network, decoder, frames
 from oracle import expected
 from sharding import fsdp2
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from x_transformers import XTransformer
 from x_transformers.gpt_vae import GPTVAE
 
@@ -103,9 +101,6 @@ def test_xtransformer_weighs_its_targets() -> None:
     parts = [model.decoder(tgt[i : i + 1], context=encoded[i : i + 1], normalizer=z) for i in range(3)]
     assert sum(parts).item() == pytest.approx(want.loss, rel=1e-5)
 
-    model(src, tgt, mask=torch.ones_like(src).bool(), src_prepend_embeds=torch.randn(3, 3, 16)).backward()
-    assert model.generate(src, tgt[:, :1], 6).shape == (3, 6)
-
 
 def test_gptvae_with_a_pad_id() -> None:
     torch.manual_seed(0)
@@ -146,24 +141,12 @@ def test_everything_else_survives() -> None:
         modules = [(name, id(m), m.training) for name, m in model.named_modules()]
         return modules + [(name, id(t), (t.requires_grad, t.dtype)) for name, t in tensors]
 
-    before, state = parts(), copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, keys = parts(), list(model.state_dict())
     upgrade_(model, equal_loss_weight_batch=True)
     assert parts() == before
-    assert list(state) == list(model.state_dict())
-
-    loss = model['lm'](ids())
+    assert list(model.state_dict()) == keys
+    model['lm'](ids())
     assert calls == ['pre', 'forward']
-    loss.backward()
-    optimizer.step()
-    assert any(not torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    twin = copy.deepcopy(model)
-    assert type(twin['lm'].trainer) is xtloss.AutoregressiveWrapper
-    assert twin['lm'](ragged()).item() == model['lm'](ragged()).item()
-    fresh = model_of_two().double()
-    fresh.register_buffer('steps', torch.tensor(0))
-    fresh.load_state_dict(model.state_dict())  # a checkpoint of ours fits upstream's
-    model.load_state_dict(state)  # and the other way round
 
 
 def test_a_second_call_changes_options() -> None:
@@ -193,14 +176,18 @@ def test_a_subclass_is_left_alone_and_reported() -> None:
         upgrade_(model['own'].trainer)
 
 
+def with_its_own_forward() -> nn.ModuleDict:
+    model = nn.ModuleDict({'first': Model(), 'second': Model()})
+    trainer = model['second'].trainer
+    trainer.forward = trainer.forward  # what torch.compile(trainer.forward) and accelerate leave
+    return model
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], str]] = [
     (model_of_two, {'fused': False}, r'fused is no option of frames \(ContinuousAutoregressiveWrapper\): it has .*'),
-    (
-        model_of_two,
-        {'equal_loss_weight_batch': True, 'loss_weighting': 'token'},
-        'equal_loss_weight_batch=True stands.*',
-    ),
+    (model_of_two, {'equal_loss_weight_batch': True, 'loss_weighting': 'token'}, 'equal_loss_weight_batch=True .*'),
     (lambda: nn.Linear(2, 2), {}, 'module must hold a wrapper of x-transformers, got Linear'),
+    (with_its_own_forward, {}, r'second.trainer \(AutoregressiveWrapper\) has a forward of its own.*'),
 ]
 
 
@@ -213,33 +200,21 @@ def test_what_is_refused_changes_nothing(make: Callable[[], nn.Module], options:
     assert [(type(m), dict(vars(m))) for m in model.modules()] == before
 
 
-def test_a_forward_of_its_own_would_go_on() -> None:
-    model = nn.ModuleDict({'first': Model(), 'second': Model()})
-    trainer = model['second'].trainer
-    trainer.forward = trainer.forward  # what torch.compile(trainer.forward) and accelerate leave
-    with pytest.raises(ValueError, match=r'^second.trainer \(AutoregressiveWrapper\) has a forward of its own'):
-        upgrade_(model, equal_loss_weight_batch=True)
-    assert type(model['first'].trainer) is x_transformers.AutoregressiveWrapper
-    del trainer.forward
-    upgrade_(model, equal_loss_weight_batch=True)
-    trainer.forward = trainer.forward  # ours by now
-    upgrade_(model, loss_weighting='square')
-    assert trainer.loss_weighting == 'square'
+def test_a_forward_of_ours_may_go_on() -> None:
+    trainer = upgrade_(Model()).trainer
+    trainer.forward = trainer.forward
+    assert upgrade_(trainer, loss_weighting='square').loss_weighting == 'square'
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('whole_graphs')
-@pytest.mark.parametrize('how', ['parent', 'wrapper', 'in place'])
+@pytest.mark.parametrize('how', ['parent', 'in place'])
 def test_a_compiled_model_compiles_anew(how: str) -> None:
     model = Model()
     token, sequence = (weighted(model, weighting) for weighting in ('token', 'sequence'))
-    if how == 'parent':
-        run = torch.compile(model, backend='eager')
-    elif how == 'wrapper':
-        run = model.trainer = torch.compile(model.trainer, backend='eager')
-    else:
+    run = torch.compile(model, backend='eager') if how == 'parent' else model
+    if how == 'in place':
         model.compile(backend='eager')
-        run = model
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # what torch says while it compiles x-transformers
         assert run(ragged()).item() == token
@@ -250,28 +225,9 @@ def test_a_compiled_model_compiles_anew(how: str) -> None:
 
 
 @pytest.mark.usefixtures('process_group')
-def test_inside_distributed_data_parallel() -> None:
-    model = DistributedDataParallel(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)))
-    model(ids()).backward()
-    upgrade_(model, equal_loss_weight_batch=True)
-    model.zero_grad()
-    loss = model(ragged(), normalizer=torch.tensor(2.0))
-    loss.backward()
-    alone = xtloss.AutoregressiveWrapper(decoder(num_tokens=VOCAB), equal_loss_weight_batch=True)
-    want = alone(ragged(), normalizer=2.0)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
-    got = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
-    assert_same_gradients(got, gradients(want, alone), 1e-5)
-
-
-@pytest.mark.usefixtures('process_group')
 def test_what_is_sharded_is_a_subclass() -> None:
     """FSDP2 gives what it shards a class of its own."""
-    fully_shard = fsdp2(world=1)
     wrapper = x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB))
-    fully_shard(wrapper)
+    fsdp2(world=1)(wrapper)
     with pytest.raises(ValueError, match=r'subclasses are left alone: the module itself \(FSDP'):
         upgrade_(wrapper)
-    upgraded = upgrade_(x_transformers.AutoregressiveWrapper(decoder(num_tokens=VOCAB)), loss_weighting='square')
-    fully_shard(upgraded)
-    assert isinstance(upgraded, xtloss.AutoregressiveWrapper)
