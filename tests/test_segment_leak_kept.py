@@ -17,7 +17,6 @@ from test_segment_leak import (
     INF,
     REFUSED,
     Attention,
-    Before,
     By,
     Change,
     FeedForward,
@@ -26,7 +25,6 @@ from test_segment_leak import (
     attention,
     blocks,
     checkpoint,
-    head,
     linears,
     loss,
     network,
@@ -65,7 +63,7 @@ class Rolled(nn.Linear):
 
 
 CHANGES: dict[str, Change] = {
-    'module': head(Before),
+    'module': REFUSED['back 1'],
     'module of the same class': lambda net: setattr(net, 'post_emb_norm', By(lambda x: x.roll(1, 1))),
     'class': lambda net: setattr(net.to_logits, '__class__', Rolled),
     'hook': REFUSED['hook'],
