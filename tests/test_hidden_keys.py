@@ -17,7 +17,7 @@ from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAut
 S = 5  # inputs of a segment of XL
 I = torch.arange(N)
 RIGHT, LEFT = LENS[:, None] > I, N - LENS[:, None] <= I
-START = {'seq_start_pos': N - LENS}
+START, AT_FIRST = {'seq_start_pos': N - LENS}, {'seq_start_pos': torch.zeros(B).long()}
 IDS = batch('plain')['x']
 X = {'plain': IDS, 'continuous': batch('continuous')['x']}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -31,6 +31,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
 OF_FRAMES: dict[str, dict[str, Any]] = {
     'memory tokens': {'num_memory_tokens': 2, 'use_abs_pos_emb': False},
     'gaussian': {'probabilistic': True, 'use_abs_pos_emb': False},
+}
+OF_TOKENS: dict[str, dict[str, Any]] = {
+    'memory tokens': {**ROTARY, 'num_memory_tokens': 2},
+    'looped': {**ROTARY, 'looped': True, 'layers_pre_and_post_norm': True},
 }
 
 
@@ -64,40 +68,51 @@ def assert_same(wrapper: nn.Module, got: Tensor, want: Tensor) -> None:
     assert_same_gradients(gradients(got, wrapper), gradients(want, wrapper), 1e-5, floor=1e-3)
 
 
-HIDDEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    'left mask': ({'mask': LEFT}, {}),
-    'a hole at the start': ({'mask': (I > 2).expand(B, N)}, {}),
-    'late start': (START, {}),
-    'start and mask': ({**START, 'mask': LEFT}, {}),
-    'first key hidden': ({'self_attn_kv_mask': (I > 0).expand(B, N)}, {}),
-    'all keys hidden': ({'self_attn_kv_mask': (I < 0).expand(B, N)}, {}),
-    'start and hidden keys': ({**START, 'self_attn_kv_mask': (I != 5).expand(B, N)}, {}),
-    'mask and hidden keys': ({'mask': RIGHT, 'self_attn_kv_mask': (I > 1).expand(B, N)}, {}),
-    'lens and hidden keys': ({'lens': LENS, 'self_attn_kv_mask': (I != 0).expand(B, N)}, {}),
+HIDDEN: dict[str, dict[str, Tensor]] = {
+    'left mask': {'mask': LEFT},
+    'a hole at the start': {'mask': (I > 2).expand(B, N)},
+    'late start': START,
+    'mask beside a start': {'mask': LEFT, **AT_FIRST},
+    'first key': {'self_attn_kv_mask': (I > 0).expand(B, N)},
+    'all keys': {'self_attn_kv_mask': (I < 0).expand(B, N)},
+    'all keys but one': {'self_attn_kv_mask': (I == 2).expand(B, N)},
+    'start and a key': {**START, 'self_attn_kv_mask': (I != 5).expand(B, N)},
+    'mask and keys': {'mask': RIGHT, 'self_attn_kv_mask': (I > 1).expand(B, N)},
+    'lens and a key': {'lens': LENS, 'self_attn_kv_mask': (I != 3).expand(B, N)},
+    'all three': {'mask': LEFT, **AT_FIRST, 'self_attn_kv_mask': (I != 6).expand(B, N)},
 }
-OF_TOKENS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    'random and hidden keys': ({'self_attn_kv_mask': (I == 2).expand(B, N)}, {'mask_prob': 0.5}),
-    'random keys and a left mask': ({'mask': LEFT}, {'mask_prob': 0.5}),
-    'segments with a hole': ({'segment_ids': torch.ones(B, N).long(), 'mask': (I != 0).expand(B, N)}, {}),
-}
-CASES = [('plain', network, hidden) for network in NETWORKS for hidden in HIDDEN | OF_TOKENS]
-CASES += [('continuous', network, hidden) for network in NETWORKS | OF_FRAMES for hidden in HIDDEN]
+# embeddings before the row, and how many keys are hidden at random
+LOOKING = [('plain', name, 2 * both, 0.3 * both) for name in NETWORKS | OF_TOKENS for both in (0, 1)]
+LOOKING += [('plain', 'rotary', 2, 0.0), ('plain', 'rotary', 0, 0.3)]
+LOOKING += [('continuous', name, 0, 0.0) for name in NETWORKS | OF_FRAMES]
 
 
-@pytest.mark.parametrize(('kind', 'name', 'hidden'), CASES)
-def test_no_loss_moves_with_a_later_token_and_all_is_finite(kind: str, name: str, hidden: str) -> None:
-    """A query that sees no key would attend to every key alike, also to the future."""
-    (call, options), net = (HIDDEN | OF_TOKENS)[hidden], (NETWORKS | OF_FRAMES)[name]
-    call = of_kind(kind, call, net)
-    wrapper, seen = wrapped(kind, net, **options), []
-    for last in (1, 2):
-        torch.manual_seed(0)
+@pytest.mark.parametrize('hidden', HIDDEN)
+@pytest.mark.parametrize(('kind', 'name', 'prepended', 'mask_prob'), LOOKING)
+def test_nobody_sees_what_is_hidden_or_later(
+    kind: str, name: str, prepended: int, mask_prob: float, hidden: str
+) -> None:
+    """Padding, whatever it is read as; a key, whose token moves its own two losses alone; the embedding before all.
+
+    A query that sees no key would attend to every key alike, also to the future, or be NaN.
+    """
+    options, seen = (NETWORKS | (OF_TOKENS if kind == 'plain' else OF_FRAMES))[name], []
+    wrapper, call, key = wrapped(kind, options), of_kind(kind, HIDDEN[hidden], options), N - 1
+    if 'self_attn_kv_mask' in call:
+        key = int(HIDDEN[hidden]['self_attn_kv_mask'][0].int().argmin())
+    for junk in (1, 9):
+        wrapper.pad_value, wrapper.mask_prob = junk, mask_prob
         x = X[kind].clone()
-        x[:, -1] = last
+        x[:, [key, N - 1]] = junk
+        if prepended:
+            embeds = torch.ones(B, prepended, 16, dtype=torch.float64)
+            embeds[:, 0] = junk
+            call = {**call, 'prepend_embeds': embeds, 'prepend_mask': (torch.arange(prepended) > 0).expand(B, -1)}
+        torch.manual_seed(0)
         loss, parts = wrapper(x, **call, return_breakdown=True)
         loss.backward()
         assert all(p.grad.isfinite().all() for p in wrapper.parameters() if p.grad is not None)
-        seen.append(parts.token_loss[:, :-1])
+        seen.append(parts.token_loss[:, [i - 1 for i in range(1, N - 1) if i not in (key, key + 1)]])
     torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
 
 
@@ -142,46 +157,6 @@ def test_mask_reaches_the_network() -> None:
     stub = Stub(torch.zeros(B, N, 11))
     AutoregressiveWrapper(stub)(IDS, mask=RIGHT)
     assert torch.equal(stub.seen[0][1]['mask'], RIGHT)
-
-
-# what nobody sees, where the network would drop a mask
-
-ALL_ROW, KEYS = torch.zeros(B).long(), (I != 3).expand(B, N)
-BESIDE: dict[str, dict[str, Tensor]] = {
-    'mask': {'mask': LEFT},
-    'start': {'mask': LEFT, 'seq_start_pos': ALL_ROW},
-    'keys': {'self_attn_kv_mask': KEYS},
-    'mask and keys': {'mask': LEFT, 'self_attn_kv_mask': KEYS},
-    'lens and keys': {'lens': LENS, 'self_attn_kv_mask': KEYS},
-    'start and keys': {'seq_start_pos': torch.tensor([0, 1, 2]), 'self_attn_kv_mask': KEYS},
-    'all three': {'mask': LEFT, 'seq_start_pos': ALL_ROW, 'self_attn_kv_mask': KEYS},
-}
-OF_LOOPS: dict[str, dict[str, Any]] = {'looped': {**ROTARY, 'looped': True, 'layers_pre_and_post_norm': True}}
-LOOKING = [('plain', name, 2 * both, 0.3 * both) for name in [*NETWORKS, *OF_LOOPS, 'memory tokens'] for both in (0, 1)]
-LOOKING += [('plain', 'rotary', 2, 0.0), ('plain', 'rotary', 0, 0.3)]
-LOOKING += [('continuous', name, 0, 0.0) for name in NETWORKS | OF_FRAMES]
-
-
-@pytest.mark.parametrize('beside', BESIDE)
-@pytest.mark.parametrize(('kind', 'name', 'prepended', 'mask_prob'), LOOKING)
-def test_nobody_sees_what_is_hidden(kind: str, name: str, prepended: int, mask_prob: float, beside: str) -> None:
-    """Padding, whatever it is read as; a key, whose token moves its own two losses alone; the embedding before all."""
-    options, seen = (NETWORKS | OF_LOOPS | OF_FRAMES)[name], []
-    wrapper, call = wrapped(kind, options), of_kind(kind, BESIDE[beside], options)
-    hides_key = 'self_attn_kv_mask' in call
-    for junk in (1, 9):
-        wrapper.pad_value, wrapper.mask_prob = junk, mask_prob
-        x = X[kind].clone()
-        if hides_key:
-            x[:, 3] = junk
-        if prepended:
-            embeds = torch.ones(B, prepended, 16, dtype=torch.float64)
-            embeds[:, 0] = junk
-            call = {**call, 'prepend_embeds': embeds, 'prepend_mask': (torch.arange(prepended) > 0).expand(B, -1)}
-        torch.manual_seed(0)
-        seen.append(wrapper(x, **call, return_breakdown=True)[1].token_loss)
-    rest = [i - 1 for i in range(1, N) if not hides_key or i not in (3, 4)]
-    torch.testing.assert_close(seen[0][:, rest], seen[1][:, rest], rtol=1e-9, atol=1e-12)
 
 
 # memories
@@ -236,7 +211,7 @@ PADDING: dict[str, dict[str, Tensor]] = {
     'mask': {'mask': RIGHT},
     'key mask': {'loss_mask': RIGHT, 'self_attn_kv_mask': RIGHT},
     'segment_ids': {'segment_ids': RIGHT.long()},
-    'start': {'loss_mask': RIGHT, 'seq_start_pos': ALL_ROW},
+    'start': {'loss_mask': RIGHT, **AT_FIRST},
     'none': {},
 }
 TOLD = [('plain', padding) for padding in PADDING]

@@ -80,16 +80,11 @@ class LoRA(nn.Linear):
         return super().forward(x) + F.dropout(x, 0.1, self.training) @ self.down.t() @ self.up.t()
 
 
-class Int8(nn.Module):
-    """A linear layer whose weight is 8 bits wide."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.bias = base.bias
-        self.weight = nn.Parameter((base.weight.detach() * 400).round().to(torch.int8), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x) / 400, self.bias)
+def int8(net: Any) -> None:
+    """A head whose weight is 8 bits wide."""
+    linear = net.to_logits
+    linear.weight = nn.Parameter((linear.weight.detach() * 400).round().to(torch.int8), requires_grad=False)
+    linear.forward = lambda x: F.linear(x, linear.weight.to(x) / 400)
 
 
 class Around(nn.Module):
@@ -104,10 +99,9 @@ class Around(nn.Module):
 
 
 ACCEPTED: dict[str, Change] = {
-    'activation checkpoint': checkpoint,
     'compiled blocks': blocks(partial(torch.compile, backend='eager')),
     'lora, checkpoint': lambda net: checkpoint(linears(LoRA)(net)),
-    'int8 weights': linears(Int8),
+    'int8 weights': int8,
     'weight_norm': linears(nn.utils.parametrizations.weight_norm),
     'spectral_norm': linears(nn.utils.parametrizations.spectral_norm),
     'wrappers of blocks': blocks(Around),

@@ -177,9 +177,6 @@ def test_a_normalizer_is_a_divisor(kind: str) -> None:
         loss.backward()
         assert z.grad is None
         assert not any(t.requires_grad for t in parts)
-    if of != 'continuous':  # float32 has little more than this
-        narrow = ours('xl' if kind == 'xl' else 'plain', torch.float32)(IDS, normalizer=z.detach() * 1e-37)
-        assert narrow.item() > 1e36
 
 
 def test_what_is_broken_where_it_counts_is_seen(fused: str | bool) -> None:
