@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from batches import INTEGERS
-from modes import LENS, B, N, batch
+from modes import LENS, B, N, batch, wrap
 from networks import ROTARY, Stub, assert_same_gradients, continuous_network, decoder, gradients
 from torch import Tensor, nn
 
-from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper, XLAutoregressiveWrapper
+from xtloss import AutoregressiveWrapper
 
 S = 5  # inputs of a segment of XL
 I = torch.arange(N)
@@ -39,12 +39,8 @@ OF_TOKENS: dict[str, dict[str, Any]] = {
 
 
 def wrapped(kind: str, options: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any) -> Any:
-    if kind == 'continuous':
-        return ContinuousAutoregressiveWrapper(continuous_network(dtype=dtype, **options), **more)
-    if kind == 'xl':
-        options = {'max_mem_len': S, 'max_seq_len': S} | options
-        return XLAutoregressiveWrapper(decoder(dtype=dtype, **options), **more)
-    return AutoregressiveWrapper(decoder(dtype=dtype, **options), **more)
+    options = {'max_mem_len': S, 'max_seq_len': S, **options} if kind == 'xl' else options
+    return wrap(kind, (continuous_network if kind == 'continuous' else decoder)(dtype=dtype, **options), **more)
 
 
 def of_kind(kind: str, call: dict[str, Any], options: dict[str, Any], before: int = 0) -> dict[str, Any]:

@@ -197,9 +197,6 @@ REFUSED: dict[str, Change] = {
         lambda m, args, out: out + out.mean(dim=1, keepdim=True) * (args[0] == 10).any()
     ),
     'hook': lambda net: net.to_logits.register_forward_hook(lambda m, a, o: o.roll(1, dims=1)),
-    'mask dropped': lambda net: attention(net).register_forward_pre_hook(
-        lambda m, args, kwargs: (args, kwargs | {'attn_mask': None}), with_kwargs=True
-    ),
     'shared state': shared_state,
 }
 
