@@ -22,7 +22,7 @@ from networks import (
     value_and_gradients,
 )
 from oracle import differentiable, expected
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import pad
 
 from xtloss import AutoregressiveWrapper, ContinuousAutoregressiveWrapper
@@ -31,12 +31,12 @@ NAN = math.nan
 IDS = batch('plain')['x']
 I = torch.arange(N)
 RIGHT, LEFT = LENS[:, None] > I, N - LENS[:, None] <= I
-HEADS: dict[str, dict[str, Any]] = {
-    'plain': {},
-    'fused': {},
-    'xl': {'max_mem_len': N},
-    'continuous head': {'add_continuous_pred_head': True},
-    'looped': {'looped': True, 'layers_pre_and_post_norm': True},
+HEADS: dict[str, tuple[dict[str, Any], list[str]]] = {  # options of the network, and what of it breaks
+    'plain': ({}, ['to_logits']),
+    'fused': ({}, ['attn_layers']),
+    'xl': ({'max_mem_len': N}, ['to_logits']),
+    'continuous head': ({'add_continuous_pred_head': True}, ['to_logits', 'to_next_embed_pred']),
+    'looped': ({'looped': True, 'layers_pre_and_post_norm': True}, ['to_logits', 'exit_gate']),
 }
 
 
@@ -62,39 +62,24 @@ def test_bad_logits_and_weights(weighting: str | float, bad: float, log_prob: bo
     torch.testing.assert_close(grad, grad_want, rtol=1e-9, atol=1e-12)
 
 
-class Holes(nn.Module):
-    """Puts a number at some positions of what a module gives."""
-
-    def __init__(self, holes: Tensor, value: float) -> None:
-        super().__init__()
-        self.holes, self.value = holes, value
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.masked_fill(self.holes[..., None], self.value)
-
-
 @pytest.mark.parametrize('name', HEADS)
 @pytest.mark.parametrize(('bad', 'junk'), [(NAN, -1), (math.inf, 10**6)])
 def test_what_the_network_gives_where_nothing_counts(name: str, bad: float, junk: int) -> None:
     """Whatever its heads give there; of embeddings, whatever the layers give; and whatever ids are padding."""
-    kind, found = 'xl' if name == 'xl' else 'plain', []
-    holes = (LENS[:, None] - 1 <= I)[:, : -1 if kind == 'xl' else None]  # XL's network reads one token less
-    here = Holes(holes, bad)
-    for broken in (False, True):
+    (options, broken), kind, found = HEADS[name], 'xl' if name == 'xl' else 'plain', []
+    holes = (LENS[:, None] - 1 <= I)[:, : -1 if kind == 'xl' else None, None]  # XL's network reads one token less
+
+    def spoil(module: nn.Module, args: Any, out: Any) -> Any:
+        return (out[0].masked_fill(holes, bad), *out[1:]) if isinstance(out, tuple) else out.masked_fill(holes, bad)
+
+    for breaks in (False, True):
         torch.manual_seed(2)
-        net = decoder(to_logits=nn.Linear(16, 11), **HEADS[name])
+        net = decoder(to_logits=nn.Linear(16, 11), **options)
         wrapper = wrap(kind, net, equal_loss_weight_batch=True)
         parameters = dict(wrapper.named_parameters())
-        if broken:
-            if name == 'fused':
-                net.attn_layers.register_forward_hook(lambda _, __, out: (here(out[0]), out[1]))
-            else:
-                net.to_logits = nn.Sequential(net.to_logits, here)
-            if net.add_continuous_pred_head:
-                net.to_next_embed_pred.append(here)
-            if net.looped:
-                net.exit_gate = nn.Sequential(net.exit_gate, here)
-        loss = wrapper(IDS.masked_fill(~RIGHT, junk if broken else 0), lens=LENS)
+        for path in broken if breaks else []:
+            net.get_submodule(path).register_forward_hook(spoil)
+        loss = wrapper(IDS.masked_fill(~RIGHT, junk if breaks else 0), lens=LENS)
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         found.append((loss.item(), {k: g for k, g in zip(parameters, grads, strict=True) if g is not None}))
     (clean_loss, clean), (loss, grads) = found
