@@ -18,11 +18,10 @@ REAL = torch.arange(N) < LENS[:, None]
 EVERY = ('plain', 'not fused', 'unpadded', 'xl', 'continuous', 'rollout')
 UNROLLED, OF_IDS, OF_ROWS, FRAMES = EVERY[:-1], EVERY[:4], EVERY[:3], EVERY[4:]
 PADDED = ('plain', 'not fused', 'xl', 'continuous')
-ABSOLUTE = {'layers_rotary_pos_emb': False, 'use_abs_pos_emb': True}
 # of which kinds, and options of the network
 NETWORKS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     'rotary, flash': (EVERY, {}),
-    'absolute': (EVERY, {**ABSOLUTE, **EXACT}),
+    'absolute': (EVERY, {'layers_rotary_pos_emb': False, 'use_abs_pos_emb': True, **EXACT}),
     'memory tokens': ((*PADDED, 'rollout'), {'num_memory_tokens': 2}),
     'dropout': (EVERY, {'layers_attn_dropout': 0.3, 'layers_ff_dropout': 0.3, 'emb_dropout': 0.3}),
     'tied': (OF_IDS, {'tie_embedding': True}),

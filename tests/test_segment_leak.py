@@ -56,12 +56,8 @@ linears, blocks = partial(swap, nn.Linear), partial(swap, (Attention, FeedForwar
 checkpoint = blocks(checkpoint_wrapper)
 
 
-def head(make: Callable[[nn.Module], nn.Module]) -> Change:
-    return lambda net: setattr(net, 'to_logits', make(net.to_logits))
-
-
 def before_head(change: Callable[[Tensor], Tensor]) -> Change:
-    return head(lambda linear: nn.Sequential(By(change), linear))
+    return lambda net: setattr(net, 'to_logits', nn.Sequential(By(change), net.to_logits))
 
 
 # token by token
@@ -104,7 +100,6 @@ ACCEPTED: dict[str, Change] = {
     'int8 weights': int8,
     'weight_norm': linears(nn.utils.parametrizations.weight_norm),
     'spectral_norm': linears(nn.utils.parametrizations.spectral_norm),
-    'wrappers of blocks': blocks(Around),
     'wrapper of the embeddings': lambda net: (
         setattr(net, 'pos_emb', Around(net.pos_emb)), setattr(net.token_emb, 'emb', Around(net.token_emb.emb))
     ),
@@ -166,13 +161,6 @@ def closed_gate(net: Any) -> None:
     net.to_logits.register_forward_pre_hook(lambda m, args: args[0] + m.gate * back(1)(args[0]))
 
 
-def shared_state(net: Any) -> None:
-    """Two modules, one of which writes what the other reads."""
-    seen: list[Tensor] = []
-    attention(net).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    net.to_logits.register_forward_pre_hook(lambda m, args: args[0] + seen.pop().roll(1, 1))
-
-
 REFUSED: dict[str, Change] = {
     **{f'back {k}': adds_back(k) for k in (1, 16, 40, 50)},
     'a little': adds_back(1, scale=1e-2),
@@ -187,7 +175,7 @@ REFUSED: dict[str, Change] = {
     'where gradients reach': before_head(lambda x: x + back(1)(x) if x.requires_grad else x),
     'the first row, in training': before_head(lambda x: x + x[0, 0] if x.requires_grad else x),
     'the last row, in training': before_head(lambda x: x + x[-1, 0] if x.requires_grad else x),
-    'in training': head(lambda linear: nn.Sequential(Norm(DIM), linear)),
+    'in training': before_head(Norm(DIM)),
     'a closed gate': closed_gate,
     'one scale of int8 activations': before_head(lambda x: (x / x.abs().amax() * 127).round() * x.abs().amax() / 127),
     'capacity, for the first that choose an expert': before_head(
@@ -197,7 +185,6 @@ REFUSED: dict[str, Change] = {
         lambda m, args, out: out + out.mean(dim=1, keepdim=True) * (args[0] == 10).any()
     ),
     'hook': lambda net: net.to_logits.register_forward_hook(lambda m, a, o: o.roll(1, dims=1)),
-    'shared state': shared_state,
 }
 
 
