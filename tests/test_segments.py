@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import x_transformers.attend
 from networks import HostCopies, assert_same_gradients, gradients
+from test_nothing_counted import assert_nothing
 from torch import Tensor, nn
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.attend import Attend
@@ -44,44 +45,22 @@ APART: list[dict[str, Any]] = [
         add_continuous_pred_head input_not_include_cache
     """.split()),
     {'use_abs_pos_emb': False}, {'max_seq_len': 0}, {'rotary_pos_emb': True, 'disable_abs_pos_emb': False},
-    {'rotary_pos_emb': True, 'rotary_interpolation_factor': 2.0}, {'rotary_pos_emb': True, 'rotate_num_heads': 1},
-    {'alibi_pos_bias': True, 'alibi_num_heads': 1}, {'alibi_pos_bias': True, 'use_abs_pos_emb': False},
     {'dynamic_pos_bias': True, 'use_abs_pos_emb': False, 'dynamic_pos_bias_norm': True},
-    {'dynamic_pos_bias': True, 'use_abs_pos_emb': False, 'dynamic_pos_bias_log_distance': True},
-    {'attn_data_dependent_alibi': True, 'attn_data_dependent_alibi_per_row': True},
     {'attn_use_cope': True, 'attn_cope_talking_heads': True}, {'attn_max_attend_past': 1}, {'attn_max_attend_past': 2},
     {'pre_norm': False}, {'pre_norm_has_final_norm': False}, {'norm_add_unit_offset': False},
-    {'use_layerscale': True, 'norm_add_unit_offset': False}, {'use_rmsnorm': True, 'norm_add_unit_offset': False},
-    {'use_scalenorm': True, 'norm_add_unit_offset': False}, {'use_dynamic_tanh': True, 'norm_add_unit_offset': False},
-    {'use_derf': True, 'norm_add_unit_offset': False}, {'gate_residual': True, 'scale_residual': True},
-    {'use_adaptive_layernorm': True, 'adaptive_condition_mlp': True},
-    {'scale_residual': 0.5}, {'scale_residual_constant': 0.5}, {'depth_scale_residual': 0.5},
-    {'num_residual_streams': 2}, {'num_residual_streams': 2, 'qkv_receive_diff_residuals': True},
+    {'use_adaptive_layernorm': True, 'adaptive_condition_mlp': True}, {'num_residual_streams': 2},
     {'num_residual_streams': 2, 'gated_multi_residual': True, 'residual_fn_kwargs': {'read_gate_rank': 4}},
-    {'attn_aggregated_residuals': True, 'dim': 80},
-    {'integrate_layers': True, 'layer_integrate_use_softmax': False},
-    {'reinject_input': True, 'learned_reinject_input_gate': True},
-    {'add_value_residual': True, 'learned_value_residual_mix': False},
-    {'depth': 1}, {'depth': 1, 'cross_attend': True}, {'depth': 4, 'par_ratio': 2}, {'sandwich_coef': 1},
+    {'attn_aggregated_residuals': True, 'dim': 80}, {'reinject_input': True, 'learned_reinject_input_gate': True},
+    {'depth': 1, 'cross_attend': True}, {'depth': 4, 'par_ratio': 2}, {'sandwich_coef': 1},
     {'custom_layers': ('a', 'f', 'f', 'a')}, {'layers_execute_order': (0, 1, 0, 1, 2, 3)}, {'layer_dropout': 0.2},
     {'heads': 1, 'attn_dim_head': 16}, {'heads': 4, 'attn_kv_heads': 2}, {'attn_value_dim_head': 4},
-    {'attn_sparse_topk': 1}, {'attn_sparse_topk': 2},
     {'attn_sparse_topk': 2, 'attn_sparse_topk_straight_through': True},
-    {'attn_qk_norm': True, 'attn_qk_norm_groups': 2}, {'attn_qk_norm': True, 'attn_qk_norm_dim_scale': True},
-    {'attn_gate_values': True, 'attn_swiglu_values': True}, {'attn_gate_values': True, 'attn_gate_values_rank': 4},
-    {'attn_gate_values': True, 'attn_gate_values_headwise': True},
-    {'attn_output_gate': True, 'attn_output_gate_headwise': True},
-    {'attn_output_gate': True, 'attn_output_gate_rank': 4, 'attn_low_rank_silu_gates': False},
-    {'attn_use_latent_q': True, 'attn_dim_latent_q': 8}, {'attn_use_latent_kv': True, 'attn_dim_latent_kv': 8},
+    {'attn_qk_norm': True, 'attn_qk_norm_groups': 2}, {'attn_gate_values': True, 'attn_swiglu_values': True},
+    {'attn_use_latent_q': True, 'attn_dim_latent_q': 8},
     {'attn_use_latent_kv': True, 'attn_dim_latent_kv': 8, 'attn_latent_rope_subheads': 1, 'rotary_pos_emb': True},
-    {'cross_attend': True, 'only_cross': True}, {'cross_attend': True, 'cross_residual_attn': True},
-    {'cross_attend': True, 'cross_attn_dim_context': 12}, {'cross_attend': True, 'cross_attn_tokens_dropout': 0.2},
-    {'ff_glu': True, 'ff_glu_mult_bias': True}, {'ff_glu': True, 'ff_glu_softclamp': True},
-    {'ff_glu': True, 'ff_swish': True, 'ff_glu_softclamp': True}, {'ff_softclamp_value': 2.0},
-    {'ff_custom_activation': nn.ReLU()}, {'ff_custom_activation': nn.Tanh()},
-    {'emb_dropout': 0.2}, {'attn_dropout': 0.2, 'ff_dropout': 0.2},
-    {'attn_sublayer_dropout': 0.2, 'ff_sublayer_dropout': 0.2},
-    {'emb_dim': 8}, {'emb_frac_gradient': 0.1}, {'embed_num_tokens': {'kind': 3}},
+    {'cross_attend': True, 'only_cross': True}, {'cross_attend': True, 'cross_attn_dim_context': 12},
+    {'ff_glu': True, 'ff_glu_mult_bias': True}, {'ff_custom_activation': nn.Tanh()},
+    {'emb_dropout': 0.2}, {'attn_dropout': 0.2, 'ff_dropout': 0.2}, {'emb_dim': 8}, {'embed_num_tokens': {'kind': 3}},
     {'max_mem_len': 4, 'shift_mem_down': 1}, {'looped': True, 'pre_and_post_norm': True},
 ]
 
@@ -106,12 +85,6 @@ BREAKS: list[dict[str, Any]] = [
     {'to_logits': nn.Conv1d(1, 1, 3)}, {'token_emb': nn.EmbeddingBag(VOCABULARY, WIDTH)},
 ]
 # fmt: on
-
-
-def label(options: dict[str, Any]) -> str:
-    """The options as a test's name."""
-    numbers = {k: f'={v}' for k, v in options.items() if v is not True and isinstance(v, int | float | tuple)}
-    return '-'.join(k + numbers.get(k, '') for k in options).replace(' ', '') or 'default'
 
 
 def lacking(options: dict[str, Any]) -> list[str]:
@@ -168,19 +141,6 @@ def by_run(ids: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(ids.shape)
 
 
-def by_hand(net: TransformerWrapper, ids: Tensor) -> dict[str, Any]:
-    """The masks and positions that keep a plain network's sequences apart, one entry at a time."""
-    b, n = ids.shape
-    attn_mask = torch.zeros(b, 1, n, n, dtype=torch.bool)
-    for row, spans in enumerate(runs(ids)):
-        for start, stop in spans:
-            for i in range(start, stop):
-                for j in range(start, i + 1):
-                    attn_mask[row, 0, i, j] = True
-    takes_pos = hasattr(net.pos_emb, 'scale')  # the embeddings that do have one
-    return {'attn_mask': attn_mask} | ({'pos': by_run(ids)} if takes_pos else {})
-
-
 def alone(arguments: dict[str, Any], row: int, here: slice) -> dict[str, Any]:
     """The part of the arguments that belongs to one run."""
     part = {}
@@ -217,7 +177,13 @@ KEYS = torch.rand(B, N, generator=draw) < 0.7
 PAIRS = (torch.rand(B, 2, N, N, generator=draw) < 0.7) | torch.eye(N, dtype=torch.bool)
 EMBEDS = torch.randn(B, N, WIDTH, generator=draw)
 
+# hide all keys up to a position: its sequence's later ones, and other sequences, stay out of sight all the same
+UNSEEING: list[dict[str, Any]] = [
+    {'self_attn_kv_mask': by_run(IDS) > 1},
+    {'attn_mask': (torch.arange(N) % 4 > 0).expand(N, N)},
+]
 ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    *((options, given) for options in ({}, {'attn_flash': True}, {'attn_sigmoid': True}) for given in UNSEEING),
     ({}, {'mask': KEYS}),
     ({'rotary_pos_emb': True, 'attn_flash': True}, {'mask': KEYS}),
     ({}, {'self_attn_kv_mask': KEYS | (by_run(IDS) == 0)}),
@@ -230,9 +196,6 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {'in_attn_cond': EMBEDS}),
     ({'use_adaptive_rmsnorm': True}, {'condition': EMBEDS}),
     ({'looped': True, 'pre_and_post_norm': True}, {'looped_steps': 2}),
-    ({'looped': True, 'pre_and_post_norm': True}, {'max_looped_steps': 2}),
-    ({}, {'layers_execute_order': (0, 1, 0, 1, 2, 3)}),
-    ({}, {'repeat_blocks': (0, 2)}),
     ({}, {'attn_z_loss_weight': 0.5}),
 ]
 
@@ -240,7 +203,7 @@ ARGUMENTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 CASES = [(options, {}) for options in APART] + ARGUMENTS
 
 
-@pytest.mark.parametrize(('options', 'given'), CASES, ids=[label(options | given) for options, given in CASES])
+@pytest.mark.parametrize(('options', 'given'), CASES, ids='-'.join)
 def test_options_that_keep_sequences_apart(options: dict[str, Any], given: dict[str, Any]) -> None:
     """What is measured is rounding, and the loss of packed rows is that of each sequence alone.
 
@@ -253,7 +216,7 @@ def test_options_that_keep_sequences_apart(options: dict[str, Any], given: dict[
     torch.testing.assert_close(*packed_and_alone(net, arguments), rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize('options', MOVES + BREAKS, ids=label)
+@pytest.mark.parametrize('options', MOVES + BREAKS, ids='-'.join)
 def test_options_that_do_not(options: dict[str, Any]) -> None:
     """They are refused; inf where masks, positions or outputs do not fit."""
     net = build(options)
@@ -265,43 +228,31 @@ def test_options_that_do_not(options: dict[str, Any]) -> None:
             AutoregressiveWrapper(net)(IDS, segment_ids=IDS, **arguments)
 
 
-@pytest.mark.parametrize('options', [{}, {'attn_flash': True}, {'attn_sigmoid': True}], ids=label)
-@pytest.mark.parametrize('name', ['self_attn_kv_mask', 'attn_mask'])
-def test_positions_that_see_nothing_see_nothing(options: dict[str, Any], name: str) -> None:
-    """Where masks hide all keys up to a position, its sequence's later ones and other sequences stay out of sight too.
-
-    The masks of the call do not decide whether it is refused.
-    """
-    arguments = {'self_attn_kv_mask': by_run(IDS) > 1, 'attn_mask': (torch.arange(N) % 4 > 0).expand(N, N)}
-    wrapper, x = AutoregressiveWrapper(build(options)), torch.randint(0, VOCABULARY, IDS.shape)
-    other = torch.where(IDS == 7, (x + 1) % VOCABULARY, x)
-    costs = [
-        wrapper(ids, segment_ids=IDS, return_breakdown=True, **{name: arguments[name]})[1].token_loss
-        for ids in (x, other)
-    ]
-    torch.testing.assert_close(costs[0][IDS[:, 1:] != 7], costs[1][IDS[:, 1:] != 7])
-    assert not torch.equal(*costs)
-
-
 # what the network is handed
 
 
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    'options', [{}, {'rotary_pos_emb': True}, {'rel_pos_bias': True}, {'use_abs_pos_emb': False}], ids='-'.join
+)
 @pytest.mark.parametrize(
     'ids', [IDS, IDS[:, :1], IDS[:1] * 0, IDS.flip(1)[:, ::2], IDS[:0]], ids=lambda t: str(tuple(t.shape))
 )
-def test_mask_and_positions(ids: Tensor, dtype: torch.dtype) -> None:
+def test_mask_and_positions(ids: Tensor, options: dict[str, Any]) -> None:
     """Entry by entry, for one position, nothing but padding, no row, without host sync; positions only if absolute."""
-    for options in ({}, {'rotary_pos_emb': True}, {'rel_pos_bias': True}, {'use_abs_pos_emb': False}):
-        net, arguments = build(options), {'mask': None, 'return_attn': True}
+    net, arguments = build(options), {'mask': None, 'return_attn': True}
+    attn_mask = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    for row, spans in enumerate(runs(ids)):
+        for start, stop in spans:
+            for i in range(start, stop):
+                attn_mask[row, 0, i, start : i + 1] = True
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         with HostCopies() as copies:
             given = segment_arguments(net, ids.to(dtype), arguments)
         assert copies.count == 0
-        want = {'mask': None, 'return_attn': True, **by_hand(net, ids)}
-        assert given.keys() == want.keys()
-        for name in want.keys() - arguments.keys():
-            torch.testing.assert_close(given[name], want[name], rtol=0, atol=0)
-        assert arguments == {'mask': None, 'return_attn': True}  # nothing of the caller's is changed
+        assert torch.equal(given.pop('attn_mask'), attn_mask)
+        if not options:
+            torch.testing.assert_close(given.pop('pos'), by_run(ids), rtol=0, atol=0)
+        assert given == arguments == {'mask': None, 'return_attn': True}  # nothing of the caller's is changed
 
 
 # flash-attn's variable-length attention, by a stand-in of its function and without x-transformers' look at the device
@@ -349,20 +300,6 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures('flash_attn')
-@pytest.mark.parametrize('row', [0, 1])
-@pytest.mark.parametrize('options', [{}, {'disable_abs_pos_emb': False}, {'heads': 4, 'attn_kv_heads': 2}], ids=label)
-def test_varlen_attention_is_masked_attention(options: dict[str, Any], row: int) -> None:
-    """The same network with masks gives the same outputs; padding is finite."""
-    net, masked = build(VARLEN | options), build({'rotary_pos_emb': True} | options)
-    masked.load_state_dict(net.state_dict())
-    x, ids = torch.randint(0, VOCABULARY, (1, N)), IDS[row : row + 1]
-    given = segment_arguments(net, ids, {})
-    assert 'attn_mask' not in given
-    torch.testing.assert_close(net(x, **given), masked(x, **segment_arguments(masked, ids, {})))
-    assert segment_leak(net) < 1e-4
-
-
-@pytest.mark.usefixtures('flash_attn')
 def test_varlen_arguments() -> None:
     """By hand: one host sync in eager mode; compiled none, but empty sequences at the end."""
     net = build(VARLEN)
@@ -391,56 +328,54 @@ def test_varlen_attention_takes_one_row_and_no_masks() -> None:
     net.attn_layers.layers[0][1].attend.flash_pack_seq = False
     assert segment_leak(net) > 1e-2
     assert segment_arguments(build(VARLEN | {'attn_flash': False}), IDS, {}).keys() == {'attn_mask'}
+    absolute = AutoregressiveWrapper(build(VARLEN | {'disable_abs_pos_emb': False}), unpad=True)
+    with pytest.raises(ValueError, match=r'^unpad=True: a row of all tokens may be longer than the absolute embedding'):
+        absolute(IDS, lens=torch.tensor([3, 4]))
 
 
 RAGGED = torch.arange(5) < torch.tensor([[5], [1], [4], [0]])
-PADDED = {
+ONE_ROW: dict[str, tuple[Tensor, dict[str, Any]]] = {  # the sequences, by ids, and what is told of them
     'right': (RAGGED, {'lens': RAGGED.sum(dim=1)}),
     'left': (RAGGED.flip(1), {'seq_start_pos': 5 - RAGGED.sum(dim=1)}),
-    'none': (torch.ones(4, 5).bool(), {'lens': torch.full((4,), 5)}),
+    'none': (torch.ones(4, 5), {'lens': torch.full((4,), 5)}),
     'all but a sequence': (RAGGED & (torch.arange(4) == 0)[:, None], {'lens': torch.tensor([5, 0, 0, 0])}),
+    'packed': (IDS[:1], {'segment_ids': IDS[:1]}),
+    'padding behind': (IDS[1:], {'segment_ids': IDS[1:]}),
 }
 
 
+CASES_OF_ONE_ROW = [(rows, options) for rows in ONE_ROW for options in ({}, {'heads': 4, 'attn_kv_heads': 2})]
+CASES_OF_ONE_ROW += [('packed', {'disable_abs_pos_emb': False})]
+
+
 @pytest.mark.usefixtures('flash_attn')
-@pytest.mark.parametrize('padding', PADDED)
-def test_varlen_attention_reads_a_padded_batch_as_one_row(padding: str) -> None:
-    """With `unpad`: one row of all real tokens, at the loss of the rows alone."""
-    net, masked = build(VARLEN).double(), build({'rotary_pos_emb': True}).double()
+@pytest.mark.parametrize(('rows', 'options'), CASES_OF_ONE_ROW, ids=str)
+def test_varlen_attention_of_one_row(rows: str, options: dict[str, Any]) -> None:
+    """Packed, or made by `unpad` of all real tokens: its sequences cost what they cost alone, with masks."""
+    net, masked = build(VARLEN | options).double(), build({'rotary_pos_emb': True} | options).double()
     masked.load_state_dict(net.state_dict())
     for attend in masked.modules():
         if isinstance(attend, Attend):
             attend.attn_fn = partial(F.softmax, dim=-1)  # x-transformers takes it in float32, whatever the network
-    (real, told), x = PADDED[padding], torch.randint(0, VOCABULARY, (4, 5))
-    read: list[torch.Size] = []
+    (ids, told), read = ONE_ROW[rows], []
     net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
     wrapper = AutoregressiveWrapper(net, unpad=True, trust_segments=True)  # which reads no other rows
+    x = torch.randint(0, VOCABULARY, ids.shape)
     loss = wrapper(x, **told)
-    assert read == [(1, real.sum())]
+    assert read == [(1, ids.numel() if 'segment_ids' in told else ids.sum())]
 
-    rows = [row[here][None] for row, here in zip(x, real, strict=True) if here.sum() > 1]
-    costs = [F.cross_entropy(masked(row[:, :-1])[0], row[0, 1:], reduction='none') for row in rows]
+    parts = [x[row : row + 1, i:j] for row, spans in enumerate(runs(ids)) for i, j in spans if ids[row, i] != 0]
+    costs = [F.cross_entropy(masked(t[:, :-1])[0], t[0, 1:], reduction='none') for t in parts if t.shape[1] > 1]
     want = torch.cat(costs).mean()
     torch.testing.assert_close(loss, want, rtol=1e-9, atol=0)
     assert_same_gradients(gradients(loss, net), gradients(want, masked), 1e-9)
-
-
-VARLEN_NOTHING: dict[str, tuple[bool, int, dict[str, Any]]] = {
-    'nothing is real': (True, 4, {'lens': torch.zeros(4).long()}),
-    'no rows': (True, 0, {'lens': torch.zeros(0).long()}),
-    'no packed row': (False, 0, {'segment_ids': torch.ones(0, 5).long()}),
-}
+    assert segment_leak(net) < 1e-4
 
 
 @pytest.mark.usefixtures('flash_attn')
-@pytest.mark.parametrize('nothing', VARLEN_NOTHING)
-def test_varlen_attention_of_nothing(nothing: str) -> None:
-    """The loss is 0, with a gradient of 0 for each parameter that rows reach."""
-    unpad, rows, told = VARLEN_NOTHING[nothing]
-    wrapper = AutoregressiveWrapper(build(VARLEN), unpad=unpad)
-    usual = gradients(wrapper(torch.ones(1, 5).long(), segment_ids=torch.ones(1, 5).long()), wrapper)
-    loss = wrapper(torch.ones(rows, 5).long(), **told)
-    found = gradients(loss, wrapper)
-    assert loss.item() == 0
-    assert found.keys() == usual.keys()
-    assert not any(grad.any() for grad in found.values())
+@pytest.mark.parametrize(('name', 'rows'), [('lens', 4), ('lens', 0), ('segment_ids', 0)])
+def test_varlen_attention_of_nothing(name: str, rows: int) -> None:
+    """Nothing is real, no row, and no packed one."""
+    wrapper, usual = AutoregressiveWrapper(build(VARLEN), unpad=name == 'lens'), torch.ones(1, 5).long()
+    told = torch.zeros(rows).long() if name == 'lens' else torch.zeros(rows, 5).long()
+    assert_nothing(wrapper, {'x': usual, 'segment_ids': usual}, {'x': usual.expand(rows, 5), name: told}, 4)
