@@ -101,8 +101,8 @@ def test_nobody_sees_what_is_hidden_or_later(
         x = X[kind].clone()
         x[:, [key, N - 1]] = junk
         if prepended:
-            embeds = torch.ones(B, prepended, 16, dtype=torch.float64)
-            embeds[:, 0] = junk
+            embeds = torch.ones(B, prepended, 1, dtype=torch.float64) * torch.arange(16).cos()
+            embeds[:, 0] = (torch.arange(16) * junk).sin()  # not a multiple, of which norms make the same
             call = {**call, 'prepend_embeds': embeds, 'prepend_mask': (torch.arange(prepended) > 0).expand(B, -1)}
         torch.manual_seed(0)
         loss, parts = wrapper(x, **call, return_breakdown=True)
