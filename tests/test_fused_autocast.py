@@ -1,4 +1,4 @@
-"""Under fp16 autocast nothing is less precise than upstream; `test_parity_heads.py` has bf16."""
+"""Under fp16 autocast nothing is less precise than upstream; `test_modes.py` has bf16."""
 
 from collections import Counter
 from typing import Any

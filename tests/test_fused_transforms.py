@@ -188,6 +188,20 @@ def test_a_loss_weight_of_nan_where_nothing_counts_gets_zero(fused: bool) -> Non
     assert grad[:, 1].all()
 
 
+@pytest.mark.parametrize('tied', [False, True])
+def test_functional_call_alone_is_no_transform(tied: bool) -> None:
+    """Head and loss are one, of the parameters that were handed in."""
+    net = decoder(tie_embedding=tied, dtype=torch.float64)
+    params = {f'net.{name}': (p.detach() * 1.1).requires_grad_() for name, p in net.named_parameters()}
+    got, want = (
+        func.functional_call(cls(net), params, (X,))
+        for cls in (AutoregressiveWrapper, x_transformers.AutoregressiveWrapper)
+    )
+    assert_near(got, want, 1e-7)
+    grads = [dict(zip(params, torch.autograd.grad(loss, params.values()), strict=True)) for loss in (got, want)]
+    assert_same_gradients(grads[0], grads[1], 1e-6)
+
+
 @pytest.mark.parametrize('weighting', ['token', 'sequence'])
 def test_gradients_of_each_row_by_vmap(weighting: str) -> None:
     """As the rows have them one by one, where nothing is fused; refused where head and loss are one."""

@@ -149,10 +149,13 @@ def test_lens_of_a_causal_network_reaches_no_attention(kind: str) -> None:
     assert all(call.get(name) is None for call in seen for name in ('mask', 'attn_mask', 'self_attn_kv_mask'))
 
 
-def test_mask_reaches_the_network() -> None:
+def test_another_network_gets_the_mask_and_no_other() -> None:
+    """It may know no other; of a causal one of x-transformers less is asked."""
     stub = Stub(torch.zeros(B, N, 11))
     AutoregressiveWrapper(stub)(IDS, mask=RIGHT)
-    assert torch.equal(stub.seen[0][1]['mask'], RIGHT)
+    [(_, arguments)] = stub.seen
+    assert torch.equal(arguments['mask'], RIGHT)
+    assert 'self_attn_kv_mask' not in arguments
 
 
 # memories

@@ -41,12 +41,13 @@ def prepended_length(arguments: dict[str, Any]) -> int:
 
 
 def join_keys(*masks: Tensor | None) -> Tensor | None:
-    """Return (b, k) bool, the keys that all of these masks show; each ends where the row ends. None for no mask."""
+    """Return (b, k) bool, the keys that all these masks show; each ends where the row ends. One is returned as is."""
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None
     k = max([mask.shape[1] for mask in given])
-    return reduce(and_, [F.pad(mask, (k - mask.shape[1], 0), value=True) for mask in given])
+    padded = [mask if mask.shape[1] == k else F.pad(mask, (k - mask.shape[1], 0), value=True) for mask in given]
+    return reduce(and_, padded)
 
 
 def mask_arguments(
