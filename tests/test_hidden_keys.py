@@ -112,17 +112,20 @@ def test_nobody_sees_what_is_hidden_or_later(
     torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-12)
 
 
-PADDED = [(kind, name) for kind in ('plain', 'xl', 'continuous') for name in NETWORKS]
-PADDED += [('continuous', name) for name in OF_FRAMES]
+PADDED = [
+    (kind, name, by, told)
+    for kind in ('plain', 'continuous', 'xl')
+    for name in NETWORKS | (OF_FRAMES if kind == 'continuous' else {})
+    for by in ('mask', 'seq_start_pos')
+    for told in (False, True)
+    if (by, name) != ('mask', 'absolute')  # whose positions only a start shifts
+    and (kind != 'xl' or (by == 'mask' and not told))  # refused
+]
 
 
-@pytest.mark.parametrize('told', [False, True], ids=['', 'all keys told'])
-@pytest.mark.parametrize('by', ['mask', 'seq_start_pos'])
-@pytest.mark.parametrize(('kind', 'name'), PADDED)
+@pytest.mark.parametrize(('kind', 'name', 'by', 'told'), PADDED)
 def test_left_padding_is_the_rows_alone(kind: str, name: str, by: str, told: bool) -> None:
     """Beside a mask of keys too, for which the network would drop `mask`."""
-    if (by == 'mask' and name == 'absolute') or (kind == 'xl' and (told or by != 'mask')):
-        return  # whose positions only a start shifts; refused
     x, real = (IDS[:, :S], LEFT[:, -S:]) if kind == 'xl' else (X[kind], LEFT)  # XL: in the first segment
     options = (NETWORKS | OF_FRAMES)[name]
     call = {'mask': real} if by == 'mask' else START
@@ -150,12 +153,20 @@ def test_lens_of_a_causal_network_reaches_no_attention(kind: str) -> None:
 
 
 def test_another_network_gets_the_mask_and_no_other() -> None:
-    """It may know no other; of a causal one of x-transformers less is asked."""
+    """It may know no other."""
     stub = Stub(torch.zeros(B, N, 11))
     AutoregressiveWrapper(stub)(IDS, mask=RIGHT)
     [(_, arguments)] = stub.seen
     assert torch.equal(arguments['mask'], RIGHT)
     assert 'self_attn_kv_mask' not in arguments
+
+
+def test_tokens_are_shifted_by_the_mask() -> None:
+    seen: list[Tensor] = []
+    wrapper = wrapped('plain', {'layers_shift_tokens': 1})
+    wrapper.net.attn_layers.register_forward_pre_hook(lambda _, __, call: seen.append(call['mask']), with_kwargs=True)
+    wrapper(IDS, mask=RIGHT)
+    assert torch.equal(seen[0], RIGHT)
 
 
 # memories
