@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from xtloss import AutoregressiveWrapper, global_normalizer, segment_leak
+from xtloss.weighting.weights import communication_device
 
 WEIGHTINGS = ['token', 'sequence', 'square']
 WAYS = {'auto': {}, 'fused': {'fused': True}, 'logits': {'fused': False}, 'unpad': {'unpad': True}}
@@ -253,6 +254,22 @@ def test_global_normalizer_is_the_mean_over_ranks(ranks, name):
 
 
 # without a process group
+
+
+@pytest.mark.parametrize(
+    ('backends', 'has_gpu', 'device'),
+    [
+        ('cpu:gloo,cuda:nccl', True, 'cuda'),
+        ('cpu:gloo,cuda:nccl', False, 'cpu'),
+        ('cuda:nccl', True, 'cuda'),
+        ('cpu:gloo,cuda:gloo', True, 'cpu'),
+        ('xpu:xccl', False, 'xpu'),
+    ],
+)
+def test_ranks_reduce_on_a_device_that_all_have(monkeypatch, backends, has_gpu, device):
+    monkeypatch.setattr(dist, 'get_backend_config', lambda group: backends)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    assert communication_device(None).type == device
 
 
 @pytest.mark.parametrize('total', [0, 3, 0.1, 2**24 + 1, torch.tensor(2.5), torch.tensor(0.1, dtype=torch.float64)])

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from modes import LENS, B, N, batch, wrap
 from modes import net as network
-from networks import EXACT, ROTARY, gradients
+from networks import EXACT, ROTARY, Stub, gradients
 from torch import Tensor, nn
 
 import xtloss
@@ -142,6 +143,26 @@ def test_no_rows(kind: str, name: str, given: str) -> None:
     assert_nothing(model, usual | call, none, K if kind == 'rollout' else N - 1)
     for k in {'prepend_embeds', 'context', 'condition', 'sum_embeds'} & none.keys():
         assert none[k].grad.shape == none[k].shape
+
+
+class Averages(Stub):
+    """A network that is not of x-transformers: NaN where its mask hides a whole row."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.zeros(0))
+        self.emb = nn.Embedding(11, 11)
+
+    def forward(self, x: Tensor, *, mask: Tensor, **kwargs: Any) -> tuple[Tensor, SimpleNamespace]:
+        mean = (self.emb(x) * mask[..., None]).sum(dim=1, keepdim=True) / mask.sum(dim=1)[:, None, None]
+        return self.emb(x) + mean, SimpleNamespace()
+
+
+def test_no_rows_of_a_mask_hide_nothing() -> None:
+    model = xtloss.AutoregressiveWrapper(Averages())
+    loss = model(torch.zeros(0, N, dtype=torch.long), mask=REAL[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(p.grad.any() for p in model.parameters())
 
 
 def test_outputs_of_no_rows_have_none() -> None:

@@ -228,7 +228,11 @@ def test_rounding_of_narrow_products_is_no_leak(digits: int) -> None:
     assert segment_leak(net) < 1e-3
     adds_back(1, scale=1e-2)(net)
     assert segment_leak(net) > 1e-2
-    for change, amount in ((lambda net: None, 3e-3), (linears(partial(Narrow, digits=1)), 0.2)):
+    for change, amount in (
+        (lambda net: None, 3e-3),
+        (lambda net: net.to_logits.weight.data.mul_(100), 3e-3),
+        (linears(partial(Narrow, digits=1)), 0.2),
+    ):
         net = network(**deep)
         change(net)
         before_head(lambda x, amount=amount: x + amount * torch.arange(x.shape[1])[:, None].sin())(net)
@@ -343,6 +347,7 @@ def test_arguments() -> None:
     mask = torch.ones(12, 12, dtype=torch.bool)
     for attn_mask in (mask, mask.expand(2, 12, 12), mask.expand(3, 1, 12, 12)):
         assert segment_leak(network(layers_rotary_pos_emb=True), attn_mask=attn_mask) < 1e-5
+        assert segment_leak(network(layers_shift_tokens=1), attn_mask=attn_mask) > 1e-2
     net, read = network(max_seq_len=1024), []
     net.register_forward_pre_hook(lambda m, args: read.append(args[0].shape[1]))
     assert segment_leak(net, sum_embeds=torch.randn(1, 600, DIM)) < 1e-5

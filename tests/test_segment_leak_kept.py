@@ -113,9 +113,9 @@ def test_an_attribute_is_the_callers_affair(measured: list[Any]) -> None:
 
 
 def test_other_arguments_are_measured_anew(measured: list[Any]) -> None:
-    """By their names: neither masks nor NaN decide. None of what was found outlives the structure."""
+    """By their names: neither masks decide, nor NaN and inf. None of what was found outlives the structure."""
     net, mask, embeds = network(), X > 3, torch.randn(2, 10, DIM)
-    embeds[0, 9] = torch.nan
+    embeds[0, 7:] = torch.tensor([torch.nan, torch.inf, -torch.inf])[:, None]
     loss(net, mask=mask & False, sum_embeds=embeds)
     loss(net, mask=mask, sum_embeds=embeds * 2)
     loss(net, mask=~mask, sum_embeds=None)

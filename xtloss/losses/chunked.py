@@ -12,6 +12,7 @@ Dims: N tokens, d width, v vocabulary, r tokens of a chunk.
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -209,8 +210,6 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _adds_wide_products(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
     """Tell whether torch adds a product of narrow matrices to a wide one there, and rightly: tried once."""
     one, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, dtype=wide, device=device)
-    try:
+    with suppress(NotImplementedError, RuntimeError, TypeError):
         torch.addmm(total, one, one, out_dtype=wide, out=total)
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
     return bool((total == 17).all())

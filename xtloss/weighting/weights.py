@@ -103,8 +103,6 @@ def batch_normalizer(targets: Targets, weighting: Weighting, dtype: torch.dtype)
     lengths = targets.lengths
     if weighting.q is None:
         return torch.full((), targets.counted.numel(), dtype=dtype, device=lengths.device)
-    if weighting.q in (0.0, 1.0):  # counts: summed as integers, exact at any size
-        return (lengths if weighting.q else lengths > 0).sum().to(dtype)
     return torch.where(lengths > 0, lengths.to(dtype) ** weighting.q, 0).sum()
 
 
@@ -189,7 +187,7 @@ def global_normalizer(total: Tensor | float, group: 'dist.ProcessGroup | None' =
     if not grouped:
         return torch.as_tensor(total, dtype=dtype, device=home)
     # in one dtype and on one type of device, as a rank without micro-batches brings the number 0, not a tensor
-    summed = torch.as_tensor(total, dtype=torch.float64, device=device).clone()
+    summed = torch.as_tensor(total, dtype=torch.float64).to(device, copy=True)
     dist.all_reduce(summed, group=group)
     return (summed / dist.get_world_size(group)).to(home, dtype)
 

@@ -133,7 +133,7 @@ def loss_and_breakdown(
     targets = base.counted_targets(wrapper, x, given)
     counted = targets.counted[..., None]  # (b, n-1, 1), or (b, k, 1) in a rollout, where all below has k for n-1
     net, weighting, loss_weight = wrapper.net, base.weighting_of(wrapper), given.get('loss_weight')
-    if given.get('rollout_steps', 1) > 1:
+    if given['rollout_steps'] > 1:
         out, x, loss_weight = roll_out(net, x, targets, given)
     else:
         inputs, arguments = inputs_and_arguments(net, x, given)

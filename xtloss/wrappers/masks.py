@@ -155,11 +155,11 @@ def segment_arguments(net: nn.Module, segment_ids: Tensor, arguments: dict[str, 
     `attn_mask` is joined with the causal mask of the runs, (b, 1, n, n) bool. `pos`, (b, n) int64, restarts with each
     run, but only where the embedding is absolute: relative encodings need none. Padding is a run like any other.
     """
-    run = F.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(dim=-1), (1, 0))  # (b, n), from 0 in each row
+    starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))  # (b, n), of each run of a row but the first
+    run = starts.cumsum(dim=1)  # (b, n), from 0 in each row
     if takes_positions(net):
         position = torch.arange(run.shape[1], device=run.device).expand_as(run)
-        starts = F.pad(run.diff(dim=-1) > 0, (1, 0))
-        arguments = {**arguments, 'pos': position - torch.where(starts, position, 0).cummax(dim=-1).values}
+        arguments = {**arguments, 'pos': position - torch.where(starts, position, 0).cummax(dim=1).values}
     if takes_lengths(net):
         if len(run) > 1:
             raise ValueError(f'a network built with attn_flash_pack_seq takes segment_ids of one row, got {len(run)}')

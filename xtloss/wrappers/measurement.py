@@ -92,7 +92,7 @@ def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device) 
         rounding = (4 * (nudged - shared).abs().max() / shared.std()).clamp(max=0.1)
         for row, span in spans:
             given = {name: map_tensors(partial(of_first_row, name, span), value) for name, value in first.items()}
-            given = segment_arguments(net, runs[:1, span] * 0, given) if in_one_row else given
+            given = segment_arguments(net, runs[:1, span], given) if in_one_row else given
             with suppress(Exception):  # the row may be too short for the network
                 found = outputs(net, weights, x[row, span][None], given)[0]
                 alone.append((found - shared[row, span]).abs().max() / shared.std())

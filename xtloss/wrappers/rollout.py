@@ -18,7 +18,7 @@ def count_rollout(x: Tensor, steps: int, loss_mask: Tensor | None, **real: Any) 
     """Count the k frames predicted, (b, k), in each row of more than k real frames; known before any is drawn."""
     counted = real_positions(x, **real).sum(dim=1, keepdim=True) > steps  # (b, 1)
     if loss_mask is not None:  # of the row that stands in for none
-        counted = counted & loss_mask.any(dim=1, keepdim=True)
+        counted = counted & loss_mask.any()
     lengths = steps * counted
     return Targets(counted.expand(-1, steps), lengths.expand(-1, steps), lengths)
 
