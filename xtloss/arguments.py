@@ -234,6 +234,12 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def add_row(t: Tensor) -> Tensor:
+    """Give a tensor of no rows one, in its graph: zeros, or True where it is a mask."""
+    no_rows = t.ndim > 0 and t.shape[0] == 0
+    return torch.cat([t, t.new_full((1, *t.shape[1:]), t.dtype == torch.bool)]) if no_rows else t
+
+
 def widened(t: Tensor) -> Tensor:
     """Return integers as int64, with which torch can compute, and nothing wraps; other tensors as they are."""
     return t.long() if t.dtype in INTEGERS else t

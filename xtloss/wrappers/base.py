@@ -13,6 +13,7 @@ from xtloss.arguments import (
     COUNTING,
     OF_LOSS,
     OF_NETWORK,
+    add_row,
     check,
     check_kind,
     having,
@@ -199,9 +200,3 @@ def on_rows(loss: Callable[..., Any], wrapper: Any, x: Tensor, given: dict[str, 
     rows = {'normalizer': torch.zeros((), device=x.device), **rows, 'loss_mask': nothing}
     returned = loss(wrapper, add_row(x), rows, has_rows=False)
     return map_tensors(lambda t: t[:0] if t.ndim > 0 and t.shape[0] == 1 else t, returned)
-
-
-def add_row(t: Tensor) -> Tensor:
-    """Give a tensor of no rows one, in its graph: zeros, or True where it is a mask."""
-    no_rows = t.ndim > 0 and t.shape[0] == 0
-    return torch.cat([t, t.new_full((1, *t.shape[1:]), t.dtype == torch.bool)]) if no_rows else t

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from x_transformers.x_transformers import TransformerWrapper
 
-from xtloss.arguments import map_tensors, widened
+from xtloss.arguments import add_row, map_tensors, widened
 from xtloss.wrappers.masks import segment_arguments, takes_lengths
 
 ENDS = (0, 3, 4, 6, 11, 21, 41, 81, 161, 256)  # where the sequences of a row end: no row is wider
@@ -92,7 +92,7 @@ def compare(net: nn.Module, arguments: Mapping[str, Any], device: torch.device) 
         rounding = (4 * (nudged - shared).abs().max() / shared.std()).clamp(max=0.1)
         for row, span in spans:
             given = {name: map_tensors(partial(of_first_row, name, span), value) for name, value in first.items()}
-            given = segment_arguments(net, runs[:1, span], given) if in_one_row else given
+            given = segment_arguments(net, runs[:, span], given) if in_one_row else given
             with suppress(Exception):  # the row may be too short for the network
                 found = outputs(net, weights, x[row, span][None], given)[0]
                 alone.append((found - shared[row, span]).abs().max() / shared.std())
@@ -155,7 +155,7 @@ def width(arguments: Mapping[str, Any]) -> int:
 
 def of_first_row(name: str, span: slice, t: Tensor) -> Tensor:
     """Return the part of an argument for some tokens of the first row; masks hide nothing, what is not finite is 0."""
-    t = t.new_zeros(1, *t.shape[1:]) if t.ndim and not len(t) else t  # a batch of no rows
+    t = add_row(t)
     t = torch.ones_like(t) if t.dtype == torch.bool else widened(as_float32(t))
     t = torch.nan_to_num(t, posinf=0, neginf=0) if t.is_floating_point() else t
     if name == 'attn_mask':  # (n, n), (h, n, n) or (b, h, n, n) -> (1, h or 1, span, span)
