@@ -155,10 +155,14 @@ def adds_back(k: int, scale: float = 1.0) -> Callable[[Any], None]:
     return before_head(lambda x: x + back(k, scale)(x))
 
 
-def closed_gate(net: Any) -> None:
-    """Adds the token before, behind a gate that is closed at first."""
-    net.to_logits.gate = nn.Parameter(torch.zeros(()))
-    net.to_logits.register_forward_pre_hook(lambda m, args: args[0] + m.gate * back(1)(args[0]))
+def closed_gates(*shape: int) -> Change:
+    """A change that adds the token before, behind gates that are all closed at first."""
+
+    def change(net: Any) -> None:
+        net.to_logits.gates = nn.Parameter(torch.zeros(shape))
+        net.to_logits.register_forward_pre_hook(lambda m, args: args[0] + m.gates.prod(dim=0) * back(1)(args[0]))
+
+    return change
 
 
 REFUSED: dict[str, Change] = {
@@ -176,7 +180,8 @@ REFUSED: dict[str, Change] = {
     'the first row, in training': before_head(lambda x: x + x[0, 0] if x.requires_grad else x),
     'the last row, in training': before_head(lambda x: x + x[-1, 0] if x.requires_grad else x),
     'in training': before_head(Norm(DIM)),
-    'a closed gate': closed_gate,
+    'a closed gate': closed_gates(1),
+    'two closed gates of each feature': closed_gates(2, DIM),
     'one scale of int8 activations': before_head(lambda x: (x / x.abs().amax() * 127).round() * x.abs().amax() / 127),
     'capacity, for the first that choose an expert': before_head(
         lambda x: x * (1 + ((x[..., :1] > 0).cumsum(dim=1) <= 12))

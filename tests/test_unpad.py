@@ -137,15 +137,17 @@ def test_what_is_of_a_token_travels_with_it(name: str) -> None:
 
 def test_fewer_tokens_are_read() -> None:
     """The network reads as many positions as there are real ones, but for what rows cannot share."""
-    net, read = decoder(num_tokens=VOCAB, max_seq_len=64, **ROTARY), []
+    net, read = decoder(num_tokens=VOCAB, max_seq_len=128, **ROTARY), []
     net.attn_layers.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[:2]))
     wrapper = AutoregressiveWrapper(net, unpad=True, trust_segments=True)  # a hook on all layers cannot be asked
     lens = torch.tensor([30, 2, 3, 20, 1, 4, 0, 0])
     wrapper(torch.randint(0, VOCAB, (8, 64)), lens=lens)
     wrapper(torch.randint(0, VOCAB, (8, 64)), lens=lens.clamp(min=29))
     wrapper(torch.randint(0, VOCAB, (8, 64)), seq_start_pos=64 - lens)
-    wrapper(torch.randint(0, VOCAB, (2, 64)), lens=torch.tensor([40, 3]))  # a mask costs more than a row saves
-    assert read == [(2, 30), (8, 30), (2, 30), (2, 40)]
+    # a mask costs more than a row saves, unless rows · (1 + width / 512) < sequences
+    for lens in ([40, 3], [128, 128, 128, 64, 64], [128, 128, 128, 64, 64, 30, 30]):
+        wrapper(torch.randint(0, VOCAB, (len(lens), 128)), lens=torch.tensor(lens))
+    assert read == [(2, 30), (8, 30), (2, 30), (2, 40), (5, 128), (5, 128)]
 
 
 @pytest.mark.parametrize('call', [{}, {'segment_ids': torch.ones(B, N).long()}])

@@ -197,6 +197,6 @@ def on_rows(loss: Callable[..., Any], wrapper: Any, x: Tensor, given: dict[str, 
         return loss(wrapper, x, given, has_rows=True)
     nothing = torch.zeros(1, x.shape[1], dtype=torch.bool, device=x.device)
     rows = {name: map_tensors(add_row, value) for name, value in given.items()}
-    rows = {'normalizer': torch.zeros((), device=x.device), **rows, 'loss_mask': nothing}
+    rows = {'normalizer': 0.0, **rows, 'loss_mask': nothing}
     returned = loss(wrapper, add_row(x), rows, has_rows=False)
     return map_tensors(lambda t: t[:0] if t.ndim > 0 and t.shape[0] == 1 else t, returned)

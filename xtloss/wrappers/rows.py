@@ -137,7 +137,7 @@ def loss_from_embeds(
         index = at_counted.nonzero().squeeze(1)
         rows = head.scaled(flat.index_select(0, index))  # whose backward needs no sort
         total, row_nll = linear_cross_entropy(rows, head.weight, targets[index], weight[index], bias=head.bias)
-        nll = torch.zeros_like(weight, dtype=row_nll.dtype).index_copy(0, index, row_nll)
+        nll = row_nll.new_zeros(len(weight)).index_copy(0, index, row_nll)
     return total, outputs.to_targets(nll.view(shape), ids.shape)
 
 

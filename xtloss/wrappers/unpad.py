@@ -46,7 +46,7 @@ class Plan(NamedTuple):
         rows = {name: value for name, value in given.items() if name not in (*TELLING, *TRAVELS)}
         rows.update({name: map_tensors(self.take_read, value) for name, value in given.items() if name in TRAVELS})
         if self.has_holes:
-            rows['mask'] = self.take(given['mask'], True)
+            rows['mask'] = self.take_read(given['mask'])
         return rows if self.segment_ids is None else {**rows, 'segment_ids': self.segment_ids}
 
     def places(self) -> Tensor:
@@ -73,7 +73,7 @@ def refuse_unpad(net: Any, x: Tensor, given: dict[str, Any]) -> None:
             raise ValueError(f'unpad=True: {name} cannot be given, it does not travel with the tokens')
         for t in tensors if name in TRAVELS else []:
             of_rows = name == 'condition' and t.ndim == 2  # (b, d)
-            of_all = name == 'self_attn_kv_mask' and t.shape == (1, x.shape[1])
+            of_all = t.shape == (1, x.shape[1])
             if t.shape[:2] != x.shape and not of_rows and not of_all:
                 b, n = x.shape
                 raise ValueError(f'unpad=True: {name} must have shape ({b}, {n}, ...) like x, got {tuple(t.shape)}')
@@ -99,7 +99,7 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
         spans = [(row * n, n, n) for row in range(b)]
     if not spans:
         return None
-    starts, lengths, sums = zip(*spans, strict=True)
+    _, lengths, sums = zip(*spans, strict=True)
     longest, tokens = max(lengths), sum(lengths)
     if tokens == b * n and not one_row:
         return None
@@ -107,8 +107,7 @@ def plan_rows(x: Tensor, given: dict[str, Any], *, one_row: bool) -> Plan | None
     packs = one_row or layout.shape[0] * (1 + longest / MASK_FREE_WIDTH) < len(lengths)
     layout = layout if packs else one_to_a_row(lengths, longest)
     index = token_index(layout)  # (r, m), 0 = none
-    spans_of = zip(starts, lengths, strict=True)
-    tokens_of = [torch.arange(start, start + length, device='cpu') for start, length in spans_of]
+    tokens_of = [torch.arange(start, start + length, device='cpu') for start, length, _ in spans]
     source = torch.cat([torch.tensor([-1], device='cpu'), *tokens_of])[index]
     segment_ids = sequence_numbers(lengths)[index].to(x.device) if packs else None
     return Plan(source.to(x.device), (b, n), segment_ids, has_holes=sum(sums) < tokens)
