@@ -181,7 +181,7 @@ REMEMBERING: dict[str, dict[str, Any]] = {
     'rotary': {},
     'flash': {'layers_attn_flash': True},
     'memory tokens': {'num_memory_tokens': 2},
-    'memory keys': {'layers_attn_num_mem_kv': 2},
+    'memory keys': {'layers_attn_num_mem_kv': 1},
 }
 
 
