@@ -184,10 +184,11 @@ def global_normalizer(total: Tensor | float, group: 'dist.ProcessGroup | None' =
         total = plain(total)
         if not 0 <= total <= torch.finfo(dtype).max:
             raise ValueError(f'total must be >= 0 and finite, got {total}')
+        total = torch.tensor(total, dtype=dtype, device=device)
     if not grouped:
-        return torch.as_tensor(total, dtype=dtype, device=home)
+        return total.to(home, dtype)
     # in one dtype and on one type of device, as a rank without micro-batches brings the number 0, not a tensor
-    summed = torch.as_tensor(total, dtype=torch.float64).to(device, copy=True)
+    summed = total.to(device, torch.float64, copy=True)
     dist.all_reduce(summed, group=group)
     return (summed / dist.get_world_size(group)).to(home, dtype)
 
