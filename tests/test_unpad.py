@@ -135,6 +135,17 @@ def test_what_is_of_a_token_travels_with_it(name: str) -> None:
     assert_same_gradients(gradients(got, net), gradients(want, net), 1e-9, floor=1e-4)
 
 
+@pytest.mark.usefixtures('packs')
+def test_what_all_rows_share_travels_with_each() -> None:
+    net = decoder(num_tokens=VOCAB, embed_num_tokens={'kind': 3}, **EXACT, **ROTARY)
+    shared, lens = torch.arange(N)[None] % 3, ENDS - STARTS
+    want, got = (
+        AutoregressiveWrapper(net, unpad=unpad)(ids(), lens=lens, embed_ids={'kind': kinds})
+        for unpad, kinds in ((False, shared.expand(B, N)), (True, shared))
+    )
+    assert got.item() == pytest.approx(want.item(), rel=1e-9)
+
+
 def test_fewer_tokens_are_read() -> None:
     """The network reads as many positions as there are real ones, but for what rows cannot share."""
     net, read = decoder(num_tokens=VOCAB, max_seq_len=128, **ROTARY), []
