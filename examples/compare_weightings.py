@@ -196,7 +196,7 @@ def compare(config: Config) -> None:
             console.print(tuning.sentence(), highlight=False)
         draw_rates(tunings, folder / 'rates.png')
         own = {weighting: tuning.rate for weighting, tuning in zip(config.weightings, tunings, strict=True)}
-        results['rates'] = [{'weighting': tuning.weighting, 'measured': tuning.measured} for tuning in tunings]
+        results['tuning'] = [{'weighting': tuning.weighting, 'measured': tuning.measured} for tuning in tunings]
         if own != shared:
             at_own = compare_at(config, own, split, console)
             results['at_own_rates'] = at_own.results()

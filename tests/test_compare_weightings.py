@@ -291,6 +291,9 @@ def test_own_rates_and_the_shared_one(monkeypatch, capsys):
     assert [run for run in trained if run[2] < 2] == [  # at own rates, then at the shared one what is not there
         ('token', 2e-3, 0), ('token', 2e-3, 1), *(('sequence', rate, seed) for rate in (16e-3, 2e-3) for seed in (0, 1))
     ]  # fmt: skip
+    token, sequence = results['tuning']
+    assert token['measured']['0.002'][OVER_TOKENS] == pytest.approx(1.1005)  # of the seeds 100 and 101
+    assert (sequence['weighting'], sequence['measured']['0.032']) == ('sequence', {})
     assert results['at_own_rates']['measured'][OVER_TOKENS]['sequence'] == [1.0, 1.001]
     assert results['measured'][OVER_TOKENS]['sequence'] == pytest.approx([4.0, 4.001])
     trained.clear()
