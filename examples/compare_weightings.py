@@ -13,7 +13,7 @@ weightings of the same name. The report, tables, pictures and results.json, goes
 On one core a step took 0.26 s of lines, 0.41 s of mixed, 1.1 s of pages and 0.13 s of sums: a run takes 3 to 7
 minutes by default, the 15 runs of three weightings and five seeds 1 to 2 hours. With --batch-size 8 a run of 3,000
 steps took 5 minutes of lines and 6 to 9 of mixed. --learning-rates adds a run for each weighting, rate and tuning seed
-(24 of three weightings, four rates and two seeds), and as many runs at the own rates as there are at the shared one.
+(24 of three weightings, four rates and two seeds), and a run for each seed at each own rate that is not the shared one.
 The report says what it took.
 """
 
