@@ -90,7 +90,7 @@ def name_lengths(axes: Axes, lengths: Sequence[str], of: str) -> None:
 
 
 def draw_rates(tunings: Sequence[Tuning], path: Path) -> None:
-    """Draw over the learning rates what each was chosen by, and what is said beside it."""
+    """Draw over the learning rates what each was chosen by, and what is said beside it; the chosen one has a ring."""
     figure = Figure(figsize=(10, 4.2), layout='constrained')
     chosen, beside = figure.subplots(1, 2)
     rates = sorted({rate for tuning in tunings for rate in tuning.measured})
@@ -99,7 +99,8 @@ def draw_rates(tunings: Sequence[Tuning], path: Path) -> None:
             points = [(rate, found[name]) for rate, found in tuning.measured.items() if found]
             label = f"'{tuning.weighting}', {name.replace('all: ', '')}"
             axes.plot(*zip(*points, strict=True), marker='o', color=WEIGHTINGS[tuning.weighting], label=label)
-            axes.axvline(tuning.rate, color=WEIGHTINGS[tuning.weighting], linestyle=':', linewidth=1)
+            own = tuning.rate, tuning.measured[tuning.rate][name]
+            axes.plot(*own, marker='o', markersize=13, fillstyle='none', color=WEIGHTINGS[tuning.weighting])
     for axes, title in ((chosen, 'what its rate is chosen by'), (beside, 'beside it')):
         axes.set_xscale('log', base=2)
         axes.set_xticks(rates, [f'{rate:g}' for rate in rates])
