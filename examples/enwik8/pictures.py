@@ -28,6 +28,9 @@ def draw(comparison: Comparison, path: Path) -> None:
         draw_differences(right, comparison)
     for axes in (left, right):
         axes.spines[['top', 'right']].set_visible(False)
+        if '%' in axes.get_ylabel():  # a band of deviations may go beyond what a percentage can be
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2), min(high, 102))
     lines, names = left.get_legend_handles_labels()
     figure.legend(lines, names, frameon=False, ncols=len(names), loc='outside upper center')
     figure.savefig(path, dpi=144)
@@ -97,7 +100,7 @@ def draw_rates(tunings: Sequence[Tuning], path: Path) -> None:
     for tuning in tunings:
         for axes, name in zip((chosen, beside), (tuning.names[0], tuning.names[-1]), strict=True):
             points = [(rate, found[name]) for rate, found in tuning.measured.items() if found]
-            label = f"'{tuning.weighting}', {name.replace('all: ', '')}"
+            label = f"'{tuning.weighting}'" + (f', {name.replace("all: ", "")}' if name != RIGHT else '')
             axes.plot(*zip(*points, strict=True), marker='o', color=WEIGHTINGS[tuning.weighting], label=label)
             own = tuning.rate, tuning.measured[tuning.rate][name]
             axes.plot(*own, marker='o', markersize=13, fillstyle='none', color=WEIGHTINGS[tuning.weighting])
