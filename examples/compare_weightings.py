@@ -2,7 +2,7 @@
 
     python examples/compare_weightings.py --task mixed --data enwik8            # short answers among long texts
     python examples/compare_weightings.py --task lines --seeds 0 1 --steps 200  # a quick look
-    python examples/compare_weightings.py --task sums --learning-rates 5e-4 1e-3 2e-3 4e-3
+    python examples/compare_weightings.py --task sums --learning-rate 1e-3 --learning-rates 5e-4 1e-3 2e-3
     python examples/compare_weightings.py --task mixed --batch-size 8 --until-flat 0.02 --warmup-steps 100
 
 For each seed, every weighting starts from the same weights and sees the same batches in the same order. A run is one
