@@ -17,19 +17,21 @@ import train_enwik8
 import tyro
 from command_line import UsageError
 from enwik8 import experiment
-from enwik8.comparison import OVER_TOKENS
+from enwik8.comparison import OVER_TOKENS, Comparison
 from enwik8.config import Config as RunConfig
 from enwik8.config import of_run
 from enwik8.config_file import load_config
 from enwik8.experiment import right_answers
 from enwik8.mixed import END, Answer, OneToOne, guesses
 from enwik8.over_seeds import difference, difference_over_groups, slope, spread, t_quantile
+from enwik8.pictures import draw, draw_rates
 from enwik8.report import Report, Row, SequenceCost, costs, report, reports_of
 from enwik8.sampling import Diverged
 from enwik8.schedule import fall, rate
 from enwik8.sequences import split_text, to_batch
 from enwik8.sums import split_sums
 from enwik8.tuning import Tuning, aims
+from matplotlib.figure import Figure
 
 LANGUAGES = ('de', 'fr', 'es')
 TITLES = [f'[[{LANGUAGES[i % 3]}:Titel {i // 2}]]' for i in range(60)]  # two languages have each title
@@ -262,6 +264,32 @@ def test_the_grid_goes_on_at_its_edge():
     assert (diverged.rate, diverged.beyond()) == (2.0, None)
     reports = {2.0: [[Report(1, rows(1.0), 0.0)], []], 1.0: [[Report(1, rows(v), 0.0)] for v in (1.0, 4.0)]}
     assert Tuning.of_reports('token', reports).measured == {1.0: {OVER_TOKENS: 2.5}, 2.0: {}}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn, instead of their files."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, *args, **kwargs: figures.append(figure))
+    return figures
+
+
+def test_every_chosen_rate_has_a_ring(drawn):
+    """Those of two weightings that chose the same rate too, each on its own line; a diverged rate has no point."""
+    token, sequence = tuning('token', _1=3.0, _2=2.0, _4=2.5), tuning('sequence', _1=4.0, _2=3.0)
+    token.measured[8.0] = {}
+    draw_rates([token, sequence], Path('rates.png'))
+    for axes in drawn[0].axes:
+        rings = [line.get_xydata().tolist() for line in axes.lines if line.get_fillstyle() == 'none']
+        assert rings == [[[2.0, 2.0]], [[2.0, 3.0]]]
+
+
+def test_a_picture_of_percentages_ends_where_they_do(drawn):
+    """Of two seeds, with nothing and with everything right, the deviation reaches from -21 to 121."""
+    of_seed = [[Row('4 to 9', 1, 2, 1.0, 1.0, right), *rows(1.0, right=right)] for right in (0.0, 1.0)]
+    curves = {(w, seed): [(3, of_seed[seed])] for w in ('token', 'sequence') for seed in (0, 1)}
+    draw(Comparison('sums', 'all 1', ('token', 'sequence'), (0, 1), curves, {}), Path('comparison.png'))
+    assert [axes.get_ylim() for axes in drawn[0].axes] == [(-2, 102)] * 2
 
 
 def test_own_rates_and_the_shared_one(monkeypatch, capsys):
